@@ -1,0 +1,445 @@
+"""A resolved recipe to live objects: data rendered, methods built, judges ready. Reads data; trains nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+from burnish import __version__
+from burnish.answers.compare import same
+from burnish.answers.extract import final_answer, normalised
+from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Source, Stage
+from burnish.core.errors import DataError
+from burnish.core.records import Example, Message, Rendered, Sampling
+from burnish.core.seeds import derive
+from burnish.core.table import load_row
+from burnish.data import formats
+from burnish.data.chat import ChatFormat, Mask, Prepared, preview
+from burnish.data.sampler import Sampler
+from burnish.data.sources import Dropped
+from burnish.data.tasks.base import Item, Task, items
+from burnish.engines.local.engine import LocalEngine
+from burnish.evals.accuracy import evaluate
+from burnish.maths.estimators import bootstrap_mean
+from burnish.models.adapters import merge
+from burnish.models.policy import Policy
+from burnish.train.loop import State
+from burnish.train.method import Method
+
+PREVIEWED = 6
+
+
+class Advance(Protocol):
+    """Progress of an evaluation: how much is done, and a note."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
+
+@dataclass
+class Rows:
+    """Examples of all sources of a stage, with what was left out on the way."""
+
+    examples: list[Example] = field(default_factory=list)
+    dropped: Dropped = field(default_factory=Dropped)
+    conversational: bool = False
+    notices: dict[str, int] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        return ", ".join(dict.fromkeys(s["format"] for s in self.sources))
+
+
+def example_of(item: Item, target: str) -> Example:
+    """A task's item as a conversation: the question, and the gold rationale or the bare answer to learn."""
+    text = item.rationale if target == "rationale" else item.answer
+    return Example((Message("user", item.question),), (Message("assistant", text),), columns={"gold": item.gold}, where=item.id)
+
+
+def read_sources(sources: Sequence[Source], seed: int) -> Rows:
+    """All rows of a stage in the order given. Raises DataError."""
+    rows = Rows()
+    for source in sources:
+        if source.task is not None:
+            task = cast(Task, load_row("task", source.task))
+            made = items(task, fold=source.fold, levels=source.levels, rows=source.rows or 0, seed=derive(seed, "data", source.task))
+            rows.examples += [example_of(item, source.target) for item in made]
+            rows.conversational = True
+            rows.sources.append({"task": source.task, "format": f"task {source.task}", "rows": len(made)})
+            continue
+        found = formats.load(str(source.file), columns=source.columns, on_bad_row=source.on_bad_row, limit=source.limit)
+        if source.format not in ("auto", found.format):
+            raise DataError(
+                f"rows are {found.format}, the recipe says {source.format}", where=str(source.file), remedy="type format: auto, or map columns"
+            )
+        rows.examples += found.examples
+        for reason, n in found.dropped.counts.items():
+            rows.dropped.counts[reason] = rows.dropped.counts.get(reason, 0) + n
+            rows.dropped.first.setdefault(reason, found.dropped.first[reason])
+        rows.conversational |= found.conversational
+        for notice, n in found.notices.items():
+            rows.notices[notice] = rows.notices.get(notice, 0) + n
+        rows.sources.append({"file": str(source.file), "format": found.format, "rows": found.rows, "sha256": found.sha256})
+    return rows
+
+
+@dataclass
+class StageMaterial:
+    """See train.method.Material."""
+
+    recipe: Recipe
+    stage: Stage
+    rows: Rows
+    chat: ChatFormat
+    context: int
+
+    def render(self, mask: Mask) -> tuple[Prepared, tuple[Rendered, ...]]:
+        train = self.stage.train
+        limit = min(train.max_tokens or self.context, self.context)
+        skip = "skip" if any(s.on_bad_row == "skip" for s in self.stage.data) else "error"
+        prepared = self.chat.render_all(
+            self.rows.examples, mask, conversational=self.rows.conversational, max_tokens=limit, over_long=train.on_long_row,
+            on_bad_row=skip, dropped=self.rows.dropped,
+        )  # fmt: skip
+        held = train.validation_rows or 0
+        if held >= len(prepared.rows):
+            raise DataError(
+                f"validation_rows takes {held} of {len(prepared.rows)} rows and leaves none to train on",
+                where=f"stages.{self.stage.name}.train.validation_rows",
+                remedy=f"type {max(1, len(prepared.rows) // 10)}",
+            )
+        # Held-out rows are chosen by a seed of their own and never trained on.
+        chosen = set(Sampler(len(prepared.rows), held, derive(self.recipe.seed, "held out", self.stage.name)).batch(0)) if held else set()
+        kept = tuple(r for i, r in enumerate(prepared.rows) if i not in chosen)
+        validation = tuple(r for i, r in enumerate(prepared.rows) if i in chosen)
+        rest = Prepared(
+            rows=kept, dropped=prepared.dropped, notices=prepared.notices, tokens=sum(len(r.ids) for r in kept),
+            label_tokens=sum(sum(r.trained) for r in kept), longest=prepared.longest,
+        )  # fmt: skip
+        return rest, validation
+
+    def sampler(self, rows: int) -> Sampler:
+        return Sampler(rows, self.stage.train.batch_rows, derive(self.recipe.seed, "order", self.stage.name))
+
+    def steps(self, sampler: Sampler) -> int:
+        train = self.stage.train
+        return train.steps if train.steps is not None else sampler.steps(train.epochs or 0)
+
+
+@dataclass
+class Built:
+    """A stage ready to train."""
+
+    recipe: Recipe
+    stage: Stage
+    method: Any
+    schedule: Callable[[int, int], float]
+    summary: Mapping[str, Any]
+    mask_view: Sequence[Any]
+
+    @property
+    def validation(self) -> Sequence[Rendered] | None:
+        return self.method.validation or None
+
+    def adapt(self, policy: Policy) -> Policy:
+        """The policy this stage trains: as it is, or with the adapter the recipe asks for, seeded."""
+        adapter = self.stage.adapter
+        policy.requires_grad_(True)
+        if adapter is None:
+            return policy
+        torch.manual_seed(derive(self.recipe.seed, "adapter", self.stage.name))
+        params = {k: v for k, v in adapter.params.items() if k != "save"}
+        policy.requires_grad_(False)
+        return load_row("adapter", adapter.name)(policy, **params)
+
+    def settle(self, policy: Policy) -> Policy:
+        """What the stage leaves: the adapter, or with `save: merged` the merged model."""
+        if policy.adapted and self.stage.adapter is not None and self.stage.adapter.params.get("save") == "merged":
+            return merge(policy)
+        return policy
+
+    def micro_tokens(self, policy: Policy, decisions: dict[str, Any]) -> int:
+        """Stream tokens of one forward, from the recipe or from the memory that is free; decided once, then replayed."""
+        wanted = self.stage.train.micro_tokens
+        name = f"micro_tokens.{self.stage.name}"
+        if wanted == "auto" and name not in decisions:
+            per_token = activation_bytes(policy)
+            free = free_memory()
+            value = max(512, min(8192, int(0.25 * free / per_token)))
+            why = f"a quarter of {free / 1e9:.1f} GB free at about {per_token / 1e3:.0f} kB of activations a token, within 512 to 8192"
+            decisions[name] = {"value": value, "why": why, "measured": {"free_bytes": free, "bytes_per_token": per_token}}
+        return decisions[name]["value"] if wanted == "auto" else int(wanted)
+
+    def validate(self, policy: Policy, micro_tokens: int, state: State) -> Mapping[str, Any]:
+        """The held-out loss, for the loop."""
+        found, flops = self.method.held_out(policy, micro_tokens)
+        labels = sum(n for _, n in found)
+        state.ledger.count("validation", label_tokens=labels, stream_tokens=sum(len(r.ids) for r in self.method.validation), executed_flops=flops)
+        return {"loss": sum(v for v, _ in found) / labels, "label_tokens": labels}
+
+    def header(self, policy: Policy, micro_tokens: int) -> str:
+        """What will happen, in one paragraph."""
+        data, train, shape = self.summary, self.stage.train, policy.shape
+        trained = sum(p.numel() for p in policy.trainable().values())
+        dropped = sum(data["dropped"].values())
+        return (
+            f"{self.stage.name}: {self.stage.method.name} on {data['rows']} rows ({data['label_tokens']} labels in {data['tokens']} tokens"
+            f"{f', {dropped} rows dropped' if dropped else ''}), {self.method.total_steps} steps of {train.batch_rows} rows, "
+            f"at most {micro_tokens} tokens a forward; trains {trained:,} of {shape.parameters + shape.adapter_parameters:,} parameters"
+        )
+
+    def facts(self, state: State) -> dict[str, str]:
+        """Rows of the model card."""
+        return {
+            "data": f"{self.summary['format']}: {self.summary['rows']} rows, {self.summary['label_tokens']} label tokens",
+            "steps": f"{state.step} of {self.stage.train.batch_rows} rows",
+            "learning rate": f"{self.stage.train.learning_rate:g}, {self.stage.train.schedule.name}",
+            "cost": f"{state.ledger.tokens} tokens, {state.ledger.flops:.3g} FLOPs executed",
+            "seed": str(self.recipe.seed),
+        }
+
+
+def build_stage(recipe: Recipe, stage: Stage, policy: Policy) -> Built:
+    """Read and render a stage's data with the model's tokenizer. Raises DataError, ConfigError."""
+    rows = read_sources(stage.data, recipe.seed)
+    material = StageMaterial(recipe, stage, rows, ChatFormat(policy.tokenizer), policy.context)
+    method: Method = load_row("method", stage.method.name)(material, **stage.method.params)
+    prepared: Prepared = method.prepared  # type: ignore[attr-defined]
+    schedule = partial(load_row("schedule", stage.train.schedule.name), **stage.train.schedule.params)
+    summary = {
+        "rows": len(prepared.rows), "validation_rows": len(method.validation), "dropped": prepared.dropped.counts,  # type: ignore[attr-defined]
+        "notices": rows.notices | dict(prepared.notices), "tokens": prepared.tokens, "label_tokens": prepared.label_tokens, "longest": prepared.longest,
+        "format": rows.format, "sources": rows.sources,
+    }  # fmt: skip
+    view = [{"where": r.where, "tokens": preview(r, policy.tokenizer)} for r in spread(prepared.rows, PREVIEWED)]
+    return Built(recipe, stage, method, schedule, summary, view)
+
+
+def spread(rows: Sequence[Rendered], n: int) -> list[Rendered]:
+    """`n` rows from the first to the last, so that every source of a stage is likely among them."""
+    return [rows[i * (len(rows) - 1) // max(1, n - 1)] for i in range(n)] if len(rows) > n else list(rows)
+
+
+# ---- judges: what a model is held against, before the first stage and after each -----------------------------------
+
+
+@dataclass
+class Questions:
+    """An eval of the recipe: questions with known answers, and the strategies that answer them."""
+
+    name: str
+    judged: Eval
+    seed: int
+    chat: ChatFormat
+    task: Task
+    asked: Sequence[Item]
+    validation: Sequence[Item]
+
+    @classmethod
+    def of(cls, name: str, judged: Eval, seed: int, chat: ChatFormat) -> Questions:
+        """Draw the questions, or read them. Raises DataError."""
+        if judged.task is None:
+            task, asked = questions_in(str(judged.file), judged.columns, judged.rows)
+            return cls(name, judged, seed, chat, task, asked, ())
+        task = cast(Task, load_row("task", judged.task))
+        seed = derive(seed, "eval", name)
+        asked = items(task, fold=judged.fold, levels=judged.levels, rows=judged.rows or 0, seed=seed)
+        rows = judged.validation_rows
+        return cls(name, judged, seed, chat, task, asked, items(task, fold="validation", levels=judged.levels, rows=rows, seed=seed) if rows else ())
+
+    @property
+    def size(self) -> int:
+        return len(self.asked)
+
+    def __call__(self, policy: Policy, stage: str, advance: Advance, poll: Callable[[], None]) -> dict[str, Any]:
+        judged = self.judged
+        candidates = judged.temperature if isinstance(judged.temperature, tuple) else ()
+        sampling = Sampling(
+            temperature=candidates[0] if candidates else float(judged.temperature),  # type: ignore[arg-type]
+            top_k=judged.top_k, top_p=judged.top_p, max_new_tokens=judged.max_new_tokens, stop=judged.stop,
+            seed=derive(self.seed, "samples"),
+        )  # fmt: skip
+        engine = LocalEngine(policy, end_ids=self.chat.end_ids)
+        policy.train(False)
+        began = time.monotonic()
+
+        def each_step() -> None:
+            poll()
+            advance(0, f"{time.monotonic() - began:.0f} s")
+
+        engine.poll = each_step
+        result = evaluate(
+            engine, self.chat, self.task, self.asked, judged.strategies, sampling,
+            validation=self.validation, candidates=candidates, name=self.name, fold=judged.fold, stage=stage,
+        )  # fmt: skip
+        advance(self.size)
+        return result | {"spend": asdict(engine.spend)}
+
+    def line(self, result: Mapping[str, Any]) -> str:
+        parts = [f"{row['strategy']}{' (oracle)' if row['oracle'] else ''} {row['accuracy']:.1%}" for row in result["strategies"]]
+        drawn = any(row["strategy"] != "greedy" for row in result["strategies"])
+        heat = f", temperature {result['settings']['temperature']:g}" if drawn else ""
+        return f"{result['stage']}/{self.name}: {', '.join(parts)} (n = {result['n']}{heat}, {result['seconds']:.0f} s)"
+
+
+def questions_in(file: str, columns: Mapping[str, str], rows: int | None) -> tuple[Task, list[Item]]:
+    """A file's rows as questions: right is the wanted text, or a marked answer that says it. Raises DataError."""
+    mapping = dict(columns)
+    if "answer" in mapping:
+        mapping["completion"] = mapping.pop("answer")
+    found = formats.load(file, columns=mapping, limit=rows)
+    asked = []
+    for e in found.examples:
+        question = e.prompt[-1].content if e.prompt else ""
+        asked.append(Item(question=question, gold=e.completion[-1].content, rationale="", answer="", level=0, id=e.where, facts={"prompt": e.prompt}))
+    task = Task(
+        name=Path(file).name, make=_not_made, verify=lambda text, item: same(given(text), item.gold), answer_key=lambda text: normalised(given(text)) or None,
+        levels=(0,), verifier_needs_gold=True,
+    )  # fmt: skip
+    return task, asked
+
+
+def _not_made(level: int, rng: Any) -> Item:
+    raise DataError("a file's questions are read, not made")
+
+
+def given(text: str) -> str:
+    """The marked answer, or the whole completion where nothing is marked."""
+    return final_answer(text) or text
+
+
+@dataclass
+class HeldOut:
+    """How likely a model finds rows kept out of training: the graded version of a question with one wanted answer.
+
+    The grade of a row is its likelihood per token, exp(-nats / labels), in [0, 1]; rows are compared pairwise like answers.
+    """
+
+    name: str
+    stage: str
+    method: Any
+    chat: ChatFormat
+
+    @property
+    def size(self) -> int:
+        return len(self.method.validation)
+
+    def __call__(self, policy: Policy, stage: str, advance: Advance, poll: Callable[[], None]) -> dict[str, Any]:
+        rows = self.method.validation
+        found, flops = self.method.held_out(policy, 4096)
+        advance(len(rows))
+        labels = sum(n for _, n in found)
+        grades = [math.exp(-nats / n) for nats, n in found]
+        mean = sum(grades) / len(grades)
+        low, high = bootstrap_mean(grades, seed=0)
+        spend = {"prefill_tokens": 0, "sampled_tokens": 0, "scored_tokens": labels, "useful_flops": flops, "executed_flops": flops}
+        row = {"strategy": LIKELIHOOD, "oracle": False, "accuracy": mean, "interval": [low, high], "correct": grades, "spend": spend,
+               "truncated": 0, "unanswered": 0}  # fmt: skip
+        return {
+            "schema": 1, "eval": self.name, "task": f"rows held out of stage {self.stage}", "fold": "held out", "n": len(rows), "stage": stage,
+            "settings": {"template": self.chat.template_sha256, "label_tokens": labels, "nats_per_label": sum(v for v, _ in found) / labels},
+            "item_ids": [r.where for r in rows], "strategies": [row],
+            "samples": [
+                {"id": r.where, "prompt": policy.decode(r.ids[: r.trained.index(True)]), "gold": policy.decode(r.ids[r.trained.index(True) :]),
+                 "level": None, "completions": []}
+                for r in rows[:20]
+            ],
+            "spend": spend,
+        }  # fmt: skip
+
+    def line(self, result: Mapping[str, Any]) -> str:
+        nats = result["settings"]["nats_per_label"]
+        return f"{result['stage']}/{self.name}: {nats:.4f} nats a label on {result['n']} held-out rows (likelihood {result['strategies'][0]['accuracy']:.1%})"
+
+
+def judges(recipe: Recipe, policy: Policy, built: Sequence[Built]) -> list[Any]:
+    """Every evaluation of a recipe in order: its evals, then the rows each stage holds out. Raises DataError."""
+    chat = ChatFormat(policy.tokenizer)
+    made: list[Any] = [Questions.of(name, judged, recipe.seed, chat) for name, judged in recipe.evals.items()]
+    of_stage = {b.stage.name: b for b in built}
+    made += [HeldOut(name, stage, of_stage[stage].method, chat) for name, stage in (recipe.held_out.items() if built else ())]
+    return made
+
+
+# ---- this machine ---------------------------------------------------------------------------------------------------
+
+
+def activation_bytes(policy: Policy) -> int:
+    """About what one stream token keeps alive until the backward: per layer ~16 hidden and 4 intermediate vectors."""
+    shape = policy.shape
+    intermediate = int(getattr(policy.config, "intermediate_size", None) or 4 * shape.hidden)
+    width = 4 if policy.dtype != torch.bfloat16 else 3  # bf16 bodies keep fp32 norms
+    return shape.layers * (16 * shape.hidden + 4 * intermediate) * width
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def gflops(dtype: torch.dtype, size: int = 1536, seconds: float = 0.4) -> float:
+    """The best of several products of size^3 within `seconds`: this machine's speed now."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best / 1e9
+
+
+def environment() -> dict[str, Any]:
+    """environment.json: versions, machine, threads, and how fast it is today."""
+    import numpy
+    import peft
+    import tokenizers
+    import transformers
+
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    modules = {"torch": torch, "transformers": transformers, "peft": peft, "tokenizers": tokenizers, "numpy": numpy}
+    return {
+        "schema": 1,
+        "burnish": __version__,
+        "commit": commit,
+        "python": platform.python_version(),
+        "versions": {name: module.__version__ for name, module in modules.items()},
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "calibration_gflops": {"float32": round(gflops(torch.float32), 1), "bfloat16": round(gflops(torch.bfloat16), 1)},
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

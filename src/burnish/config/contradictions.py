@@ -1,0 +1,164 @@
+"""Keys of a recipe that cannot both be meant, each with its arithmetic and what to type instead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from burnish.config.faults import Key
+from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Source, Stage
+from burnish.core.grammar import parse
+from burnish.core.table import describe_row, did_you_mean
+
+Problem = tuple[Key, str, str | None]  # the key at fault, what is wrong, what to type instead
+
+
+def contradictions(recipe: Recipe) -> Iterator[Problem]:
+    """Every contradiction of a recipe. Opens none of the files it names."""
+    if not recipe.stages and not recipe.evals:
+        yield (), "neither stages nor evals: there is nothing to run", "add a stage, an eval, or both"
+    for i, stage in enumerate(recipe.stages):
+        first = next(j for j, other in enumerate(recipe.stages) if other.name == stage.name)
+        if first != i:
+            message = f"stage {i + 1} has the name {stage.name!r} of stage {first + 1}; each has its own folder"
+            yield ("stages", i, "name"), message, f"type name: {stage.name}-{i + 1}"
+        if stage.name == "base":
+            message = "'base' is what reports call the model before the first stage"
+            yield ("stages", i, "name"), message, "type another name"
+        yield from _stage(recipe, ("stages", i), stage)
+    for name, judged in recipe.evals.items():
+        if name in recipe.held_out:
+            message = (
+                f"{name!r} is what the likelihood of the rows held out of stage {recipe.held_out[name]!r} is called"
+            )
+            yield ("evals", name), message, "type another name"
+        yield from _eval(("evals", name), judged)
+        for i, stage in enumerate(recipe.stages):
+            for j, source in enumerate(stage.data):
+                yield from _leak(("stages", i, "data", j), stage.name, source, name, judged)
+    if primary := recipe.report.primary:
+        if primary.eval not in {**recipe.evals, **recipe.held_out}:
+            yield ("report", "primary", "eval"), *_no_eval(primary.eval, recipe)
+        else:
+            judged = recipe.evals.get(primary.eval)
+            has = judged.strategies if judged else (LIKELIHOOD,)
+            if primary.strategy not in has:
+                message = f"{primary.strategy!r} is not a strategy of eval {primary.eval!r}, which has {', '.join(has)}"
+                yield ("report", "primary", "strategy"), message, f"type one of: {', '.join(has)}"
+
+
+def _no_eval(name: str, recipe: Recipe) -> tuple[str, str | None]:
+    known = [*recipe.evals, *recipe.held_out]
+    return f"there is no eval {name!r}.{did_you_mean(name, known)} There are: {', '.join(known) or 'none'}", None
+
+
+def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
+    train, at = stage.train, (*key, "train")
+    if train.steps is not None and train.epochs is not None:
+        message = f"both steps ({train.steps}) and epochs ({train.epochs:g}): each says when to stop"
+        yield (*at, "epochs"), message, "remove one of the two (on the command line: --set ...steps=null)"
+    if train.steps is None and train.epochs is None:
+        yield at, "neither steps nor epochs: the stage would do nothing", "add steps: 100 or epochs: 1"
+    if train.validate_every is not None and train.validation_rows is None:
+        message = "there are no rows to validate on: validation_rows is null"
+        yield (*at, "validate_every"), message, "add validation_rows: 200, or remove validate_every"
+    for j, source in enumerate(stage.data):
+        yield from _source((*key, "data", j), source)
+    rows, held = _most_rows(stage), train.validation_rows or 0
+    if rows is not None and rows - held < train.batch_rows:
+        less = f" less {held} held out for validation" if held else ""
+        message = (
+            f"a step takes {train.batch_rows} rows and the data has {rows}{less}: {rows - held} < {train.batch_rows}"
+        )
+        yield (*at, "batch_rows"), message, f"type batch_rows: {max(1, rows - held)} or less, or ask for more rows"
+    for j, name in enumerate(stage.evaluate or ()):
+        if name not in {**recipe.evals, **recipe.held_out}:
+            yield (*key, "evaluate", j), *_no_eval(name, recipe)
+        elif name in (stage.evaluate or ())[:j]:
+            yield (*key, "evaluate", j), f"eval {name!r} is named twice", "name it once"
+
+
+def _one_origin(
+    key: Key, of: Source | Eval, *, only_task: tuple[str, ...], only_file: tuple[str, ...]
+) -> Iterator[Problem]:
+    """Exactly one of task and file, and no key that belongs to the other."""
+    if (of.task is None) == (of.file is None):
+        both = of.task is not None
+        yield key, "both task and file" if both else "neither task nor file", "give one of task: ... and file: ..."
+        return
+    levels = describe_row("task", of.task).facts.get("levels") if of.task else None
+    if of.levels and len(set(of.levels)) < len(of.levels):
+        yield (*key, "levels"), f"{list(of.levels)} names a level twice", "name each once"
+    if of.levels and levels and (odd := sorted(set(of.levels) - set(levels))):
+        known = ", ".join(map(str, levels))
+        yield (*key, "levels"), f"{of.task!r} has no level {', '.join(map(str, odd))}; it has {known}", None
+    if of.task is not None and of.rows is None:
+        yield key, f"task {of.task!r} makes as many rows as asked for, and none are", "add rows: 500"
+    kind, stray = ("file", only_task) if of.task is None else ("task", only_file)
+    fields = type(of).model_fields
+    for name in stray:
+        if getattr(of, name) != fields[name].default:
+            other = "task" if kind == "file" else "file"
+            yield (*key, name), f"{name} is for a {other}, and this is a {kind}: it would do nothing", f"remove {name}"
+
+
+def _source(key: Key, source: Source) -> Iterator[Problem]:
+    yield from _one_origin(
+        key,
+        source,
+        only_task=("levels", "rows", "fold", "target"),
+        only_file=("format", "columns", "on_bad_row", "limit"),
+    )
+
+
+def _eval(key: Key, judged: Eval) -> Iterator[Problem]:
+    yield from _one_origin(key, judged, only_task=("levels", "fold"), only_file=("columns",))
+    task = describe_row("task", judged.task) if judged.task else None
+    specs = [parse(text) for text in judged.strategies]
+    drawing = [str(spec) for spec in specs if spec.name != "greedy"]
+    for i, spec in enumerate(specs):
+        at = (*key, "strategies", i)
+        if spec in specs[:i]:
+            yield at, f"{spec} is listed twice", "list it once"
+        if task and spec.name == "vote" and task.facts.get("has_answer_key") is False:
+            yield at, f"{judged.task!r} has no answer key to count votes by", "use best_of:16@rule or pass@16"
+        if task and spec.scorer == "rule" and task.facts.get("verifier_needs_gold") is True:
+            message = f"the rule of {judged.task!r} reads the gold answer, so {spec} could not be used to answer"
+            yield at, message, f"type pass@{spec.n or 16}, which says that it is an oracle"
+    choices = judged.temperature if isinstance(judged.temperature, tuple) else None
+    at = (*key, "temperature")
+    if drawing and 0 in (choices or (judged.temperature,)):
+        n = parse(drawing[0]).n
+        same = f"{n} samples at temperature 0 are {n} times the same text" if n else "at temperature 0 it is greedy"
+        yield at, f"temperature 0 with {drawing[0]}: {same}", "type temperature: 0.7, or leave only greedy"
+    if choices is not None:
+        if not drawing:
+            yield at, "greedy takes no temperature: there is nothing to choose", "type one number, or add a strategy"
+        if judged.file is not None:
+            yield at, "a file has no validation fold to choose a temperature on", "type one number"
+        if judged.fold == "validation":
+            yield at, "the temperature would be chosen on the fold it is judged on", "type one number, or fold: test"
+        if len(set(choices)) < len(choices):
+            yield at, f"{list(choices)} names a temperature twice", "name each once"
+        if judged.validation_rows is None:
+            yield at, "a list is chosen from on validation rows, and none are asked for", "add validation_rows: 200"
+    elif judged.validation_rows is not None:
+        message = f"validation_rows chooses among temperatures, and there is one: {judged.temperature:g}"
+        yield (*key, "validation_rows"), message, "type temperature: [0.4, 0.7, 1.0], or remove validation_rows"
+
+
+def _leak(key: Key, stage: str, source: Source, name: str, judged: Eval) -> Iterator[Problem]:
+    if source.file and judged.file and os.path.realpath(source.file) == os.path.realpath(judged.file):
+        message = f"stage {stage!r} trains on {source.file}, the file eval {name!r} is judged on"
+        yield (*key, "file"), message, "split it into two files"
+    if source.task and source.task == judged.task and source.fold == judged.fold:
+        message = (
+            f"stage {stage!r} trains on the {source.fold} fold of {source.task!r}, which eval {name!r} is judged on"
+        )
+        yield (*key, "fold"), message, "type fold: train"
+
+
+def _most_rows(stage: Stage) -> int | None:
+    """Rows of the stage's data at most, as far as the recipe says."""
+    each = [source.rows if source.task else source.limit for source in stage.data]
+    return None if None in each else sum(filter(None, each))

@@ -1,0 +1,1 @@
+"""Nouns and contracts shared by every layer. Imports neither torch nor transformers."""

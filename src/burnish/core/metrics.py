@@ -1,0 +1,58 @@
+"""The glossary: every metric a run may emit, once, with unit and meaning. A name that is not here cannot be emitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from burnish.core.errors import BurnishError
+from burnish.core.table import did_you_mean
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One quantity. `better` is the direction a reader should hope for; `neither` where a value is only a fact."""
+
+    unit: str
+    meaning: str
+    better: Literal["higher", "lower", "neither"] = "neither"
+
+
+METRICS: dict[str, Metric] = {
+    # optimisation
+    "loss": Metric("nats", "the objective: weighted sum over the labels of the optimiser batch", "lower"),
+    "grad_norm": Metric("1", "Euclidean norm of the whole gradient before clipping"),
+    "lr": Metric("1", "step size used at this step, after the schedule"),
+    "epoch": Metric("1", "passes over the training rows so far"),
+    "rows": Metric("rows", "training rows in this optimiser batch"),
+    "label_tokens": Metric("tokens", "tokens the loss is taken on"),
+    "stream_tokens": Metric("tokens", "tokens sent through the model, prompts counted once where shared"),
+    "skipped_steps": Metric("steps", "updates left out so far: a loss or gradient was not finite", "lower"),
+    # this machine
+    "seconds": Metric("s", "wall time of the step", "lower"),
+    "train_tokens_per_s": Metric("tokens/s", "stream tokens divided by seconds", "higher"),
+    "rss_bytes": Metric("bytes", "resident memory of the process", "lower"),
+    # evaluation
+    "accuracy": Metric("1", "share of the items answered correctly", "higher"),
+    "truncated": Metric("items", "completions cut at max_new_tokens", "lower"),
+    "unanswered": Metric("items", "completions in which no answer was found", "lower"),
+    "prefill_tokens": Metric("tokens", "prompt tokens read by the engine", "lower"),
+    "sampled_tokens": Metric("tokens", "tokens drawn by the engine", "lower"),
+    "scored_tokens": Metric("tokens", "tokens scored without being drawn", "lower"),
+    "useful_flops": Metric("FLOPs", "the least work the result needs", "lower"),
+    "executed_flops": Metric("FLOPs", "the work that was launched", "lower"),
+}
+
+
+def emit(**values: Any) -> dict[str, Any]:
+    """One row of metrics. `step` and `kind` say which row; a value that is not finite is given as None.
+
+    Raises BurnishError on a name that is not in the glossary: that is our bug, not the user's.
+    """
+    for name in values:
+        if name not in METRICS and name not in ("step", "kind"):
+            raise BurnishError(
+                f"{name!r} is not in the glossary of metrics.{did_you_mean(name, METRICS)}",
+                remedy="add its unit and meaning to METRICS in burnish/core/metrics.py",
+            )
+    return values

@@ -1,0 +1,161 @@
+"""What a function takes, read from its source text: nothing is imported and nothing is executed."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from burnish.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword-only parameter. `annotation` is its source text, `type` what that text means."""
+
+    name: str
+    annotation: str
+    type: Any
+    required: bool
+    default: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.name} (needed)" if self.required else f"{self.name}={self.default!r}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module as parsed: its docstring, the sha256 of its bytes, and what its top-level names are."""
+
+    path: Path
+    doc: str
+    sha256: str
+    functions: Mapping[str, ast.FunctionDef]
+    values: Mapping[str, ast.expr]
+    imports: Mapping[str, tuple[str, str]]  # local name -> (module, name in it)
+
+
+@lru_cache(maxsize=256)
+def _parse(path: Path, changed_ns: int) -> Source:
+    data = path.read_bytes()
+    try:
+        tree = ast.parse(data, str(path))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise ConfigError(f"is not Python: {getattr(error, 'msg', error)}", where=f"{path}:{line}") from error
+    functions: dict[str, ast.FunctionDef] = {}
+    values: dict[str, ast.expr] = {}
+    imports: dict[str, tuple[str, str]] = {}
+    for node in tree.body:
+        match node:
+            case ast.FunctionDef():
+                functions[node.name] = node
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                values[name] = node.value
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                values[name] = value
+            case ast.ImportFrom(module=str(module), level=0):
+                imports |= {a.asname or a.name: (module, a.name) for a in node.names}
+            case _:
+                pass
+    sha = hashlib.sha256(data).hexdigest()
+    return Source(path, ast.get_docstring(tree) or "", sha, functions, values, imports)
+
+
+def read_source(path: Path) -> Source:
+    """Parse a file, once as long as it does not change. Raises ConfigError when it is not Python."""
+    return _parse(path, path.stat().st_mtime_ns)
+
+
+def read_module(name: str) -> Source:
+    """Parse a module of ours by its dotted name."""
+    stem = ROOT.joinpath(*name.split("."))
+    return read_source(stem.with_suffix(".py") if stem.with_suffix(".py").exists() else stem / "__init__.py")
+
+
+def find(source: Source, node: ast.expr) -> tuple[Source, ast.FunctionDef | ast.expr]:
+    """Where a table's value is defined: in the module, or in the one it is imported from."""
+    match node:
+        case ast.Name(id=name) if name in source.functions:
+            return source, source.functions[name]
+        case ast.Name(id=name) if name in source.values:
+            value = source.values[name]
+            return find(source, value) if isinstance(value, (ast.Name, ast.Attribute)) else (source, value)
+        case ast.Name(id=name) if name in source.imports:
+            module, original = source.imports[name]
+            return find(read_module(module), ast.Name(original))
+        case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in source.imports:
+            return find(read_module(".".join(source.imports[name])), ast.Name(attribute))
+        case _:
+            remedy = "define it in this file, or import it with `from module import name`"
+            raise unreadable(source, node, f"cannot find what {ast.unparse(node)} is", remedy)
+
+
+def unreadable(source: Source, node: ast.AST, message: str, remedy: str) -> ConfigError:
+    """The error for source that a description cannot be read from."""
+    return ConfigError(message, where=f"{source.path}:{getattr(node, 'lineno', 1)}", remedy=remedy)
+
+
+def literal(node: ast.expr) -> Any:
+    """The value of a literal expression, or ... where it is not one."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ...
+
+
+def _type(node: ast.AST) -> Any:
+    """The type an annotation names. Raises ValueError where it is not a simple one."""
+    match node:
+        case ast.Constant(value=None):
+            return None
+        case ast.Constant(value=str(text)):
+            return _type(ast.parse(text, mode="eval").body)
+        case ast.Name(id="int" | "float" | "bool" | "str" as name):
+            return {"int": int, "float": float, "bool": bool, "str": str}[name]
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return Union[_type(left), _type(right)]  # noqa: UP007  (`None | None` and Literal need it)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=items):
+            choices = ast.literal_eval(items)
+            return Literal[choices]
+        case ast.Subscript(value=ast.Name(id="list"), slice=item):
+            return list[_type(item)]
+        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=items)):
+            return tuple[tuple(... if ast.unparse(i) == "..." else _type(i) for i in items)]
+        case _:
+            raise ValueError(ast.unparse(node))
+
+
+def parameters_of(source: Source, function: ast.FunctionDef) -> tuple[Parameter, ...]:
+    """The keyword-only parameters of a function. Raises ConfigError for one that no recipe could give."""
+    found: list[Parameter] = []
+    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        text = ast.unparse(argument.annotation) if argument.annotation else "nothing"
+        try:
+            kind = _type(argument.annotation or argument)
+            value = None if default is None else ast.literal_eval(default)
+        except (ValueError, SyntaxError) as error:
+            after = f" = {ast.unparse(default)}" if default else ""
+            message = f"{function.name}({argument.arg}: {text}{after}) is not a setting a recipe can hold"
+            remedy = "annotate int, float, bool, str, Literal, list[X], tuple[X, ...] or X | None; a literal default"
+            raise unreadable(source, argument, message, f"{remedy}; or make it positional") from error
+        found.append(Parameter(argument.arg, text, kind, default is None, value))
+    return tuple(found)
+
+
+def wanted(kind: Any) -> str:
+    """A type in words: `a number or null`."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(wanted(k) for k in get_args(kind))
+    if get_origin(kind) in (list, tuple):
+        return f"a list of {wanted(get_args(kind)[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "null")

@@ -1,0 +1,1 @@
+"""Bundled tasks with exact verifiers."""

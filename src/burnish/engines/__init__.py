@@ -1,0 +1,1 @@
+"""Engines grow forests: prefill once, fork, sample, score."""

@@ -1,0 +1,1 @@
+"""A packed stream of token segments and the attention that runs over it."""

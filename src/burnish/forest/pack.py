@@ -1,0 +1,99 @@
+"""An optimiser batch of trees, cut into micro-batches by a token budget.
+
+Trees are never split, so a micro-batch holds whole pairs and groups. Weights, groups and captured columns belong to the
+*batch* and are indexed by its entries and units: a micro-batch says which of them are its own (`items`, `units`), and
+how the batch was cut cannot change a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import ConfigError, DataError
+from burnish.forest.stream import LossView, Stream, Tree
+
+
+@dataclass(frozen=True, eq=False)
+class Micro:
+    """One forward and backward: a stream, its loss view, and where its entries and units stand in the batch.
+
+    items [M]  the batch's entry for each entry of `view`, ascending
+    units [U]  the batch's unit for each unit of this micro-batch, ascending (one without labels is listed too)
+    """
+
+    stream: Stream
+    view: LossView
+    items: Tensor
+    units: Tensor
+
+
+class Batch:
+    """One optimiser batch. Entries are ordered by tree, unit, label; units are numbered over the trees in order.
+
+    `group[u]` names the pair or group of unit u; by default every unit is its own. Raises DataError where there are no
+    trees, or where `group` has another length than there are units.
+    """
+
+    def __init__(self, trees: Sequence[Tree], group: Sequence[int] | None = None) -> None:
+        if not trees:
+            raise DataError("a batch needs at least one tree", where="Batch")
+        self.trees = tuple(trees)
+        labels = [len(unit.labels) for tree in self.trees for unit in tree.units]
+        if group is not None and len(group) != len(labels):
+            raise DataError(f"{len(group)} group ids for {len(labels)} units", where="Batch")
+        self.group = torch.arange(len(labels)) if group is None else torch.tensor(list(group), dtype=torch.long)
+        self.unit = torch.arange(len(labels)).repeat_interleave(torch.tensor(labels, dtype=torch.long))
+
+    @property
+    def entries(self) -> int:
+        """M of the whole batch."""
+        return len(self.unit)
+
+    def split(self, token_budget: int) -> list[Micro]:
+        """Micro-batches of at most `token_budget` stream tokens, by first-fit decreasing over whole trees.
+
+        A tree larger than the budget is a micro-batch of its own. Within one, trees keep the order of the batch.
+        Deterministic, O(n log n). Raises ConfigError where the budget is not positive.
+        """
+        if token_budget < 1:
+            raise ConfigError(f"{token_budget} tokens hold nothing", where="token_budget", remedy="give at least 1")
+        first_unit, first_entry = [0], [0]
+        for tree in self.trees:
+            first_unit.append(first_unit[-1] + len(tree.units))
+            first_entry.append(first_entry[-1] + sum(len(unit.labels) for unit in tree.units))
+        micros: list[Micro] = []
+        for members in _first_fit_decreasing([tree.size for tree in self.trees], token_budget):
+            trees = [self.trees[i] for i in members]
+            items = [torch.arange(first_entry[i], first_entry[i + 1]) for i in members]
+            units = [torch.arange(first_unit[i], first_unit[i + 1]) for i in members]
+            micros.append(Micro(Stream.of(trees), LossView.of(trees), torch.cat(items), torch.cat(units)))
+        return micros
+
+
+def _first_fit_decreasing(size: Sequence[int], budget: int) -> list[list[int]]:
+    """Bins of indices, ascending within a bin, bins ordered by their first member.
+
+    A tournament tree over the free space of the bins finds the leftmost bin that fits in O(log n).
+    """
+    leaves = 1 << (len(size) - 1).bit_length()
+    free = [budget] * (2 * leaves)
+    bins: dict[int, list[int]] = {}
+    for item in sorted(range(len(size)), key=lambda i: (-size[i], i)):
+        if size[item] > budget:
+            bins[-1 - item] = [item]
+            continue
+        node = 1
+        while node < leaves:
+            node *= 2
+            if free[node] < size[item]:
+                node += 1
+        bins.setdefault(node, []).append(item)
+        free[node] -= size[item]
+        while node > 1:
+            node //= 2
+            free[node] = max(free[2 * node], free[2 * node + 1])
+    return sorted(sorted(members) for members in bins.values())

@@ -1,0 +1,37 @@
+"""Log-probs of labels and the sums made of them. Axes: n rows, m entries, s sequences, v vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from burnish.maths.head import Objective
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def label_logprobs(logits: Float[Tensor, "n v"], label: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """log softmax(logits)[label], from logits that already exist; `head.head_logprobs` never makes them.
+
+    At least fp32, whatever the logits are: a bf16 log-prob of -10 is off by up to 0.03.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.gather(1, label[:, None])[:, 0] - wide.logsumexp(1)
+
+
+def seq_logprob(logprobs: Float[Tensor, "m"], unit: Int[Tensor, "m"], sequences: int) -> Float[Tensor, "s"]:
+    """Sum of the log-probs of each unit, units numbered 0 .. sequences - 1: log p(completion | prompt)."""
+    return logprobs.new_zeros(sequences).index_add(0, unit, logprobs)
+
+
+def nll(logprobs: Float[Tensor, "m"], weight: Float[Tensor, "m"]) -> Float[Tensor, ""]:
+    """Weighted negative log-likelihood: -sum(weight * logprobs)."""
+    return -(weight.to(logprobs) * logprobs).sum()
+
+
+def weighted_nll(weight: Float[Tensor, "m"]) -> Objective:
+    """`nll` as an objective of the head: `weight` holds every entry of the micro-batch (`maths.weights`)."""
+    return lambda logprobs, entries: nll(logprobs, weight[entries])

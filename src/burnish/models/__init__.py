@@ -1,0 +1,1 @@
+"""Policies: a model with its tokenizer and adapters."""

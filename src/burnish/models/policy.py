@@ -1,0 +1,234 @@
+"""A model with its tokenizer and adapters: owns the tensors and their version, and turns ids into text.
+
+Body and head run in one forward, which is what a data-parallel wrapper would wrap. The body is an unmodified transformers
+model that is given a plan (forest attention); the head never makes logits beyond a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import MachineError
+from burnish.core.records import ModelShape
+from burnish.forest.attention import NAME, Forest, register
+from burnish.forest.pack import Micro
+from burnish.forest.padded import padded_hidden, padded_positions
+from burnish.forest.probe import why_not
+from burnish.forest.stream import Stream
+from burnish.maths.head import (
+    LogitMap,
+    Objective,
+    effective_weight,
+    head_flops,
+    head_logprobs,
+    head_loss,
+    recomputed_rows,
+)
+from burnish.models.shape import shape_of
+
+
+@dataclass(frozen=True)
+class Output:
+    """loss: scalar with a graph; logprobs [M]: detached, in the micro-batch's entry order.
+
+    executed_flops(backward=True) is known once the backward has run: it includes what the plan then launched.
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    executed_flops: Callable[[bool], int]
+
+
+class Policy(nn.Module):
+    """See module. `why_not_shared` is None when forest attention is exact for this model, else the reason to pad rows."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, source: str = "", probe: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.version = 0
+        self.decisions: dict[str, dict[str, Any]] = {}
+        base = cast(Any, model.get_base_model() if hasattr(model, "peft_config") else model)  # type: ignore[operator]
+        body = base.get_decoder()
+        self._body = [base.model if body is base else body]  # in a list: already registered as part of `model`
+        self._head = [base.get_output_embeddings()]
+        self._base = [base]
+        self.logit_map = LogitMap()
+        self.why_not_shared: str | None = None
+        if probe:
+            self.logit_map = find_logit_map(base, self.body, self.head_weight(), self.head_bias())
+            self.why_not_shared = why_not(base, self.body)
+            if self.why_not_shared is None:
+                base.set_attn_implementation(register())
+                how = "forest attention agrees with separate rows"
+            else:
+                how = f"rows are padded and prefixes are not shared: {self.why_not_shared}"
+            self.decisions["attention"] = {"value": "forest" if self.why_not_shared is None else "padded", "why": how, "measured": {}}
+
+    @property
+    def base(self) -> Any:
+        """The transformers causal LM, under any adapter."""
+        return self._base[0]
+
+    @property
+    def body(self) -> nn.Module:
+        """body(input_ids=[1, T], position_ids=[1, T], plan=plan, use_cache=False).last_hidden_state"""
+        return self._body[0]
+
+    @property
+    def config(self) -> Any:
+        return self.base.config.get_text_config()
+
+    @property
+    def shape(self) -> ModelShape:
+        return shape_of(self.model, self.body, self._head[0])
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._head[0].weight.dtype
+
+    @property
+    def adapted(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def head_weight(self) -> Tensor:
+        """[V, H], tied, adapted or plain; differentiable in whatever is trained."""
+        return effective_weight(self._head[0])
+
+    def head_bias(self) -> Tensor | None:
+        return getattr(self._head[0], "bias", None)
+
+    def train(self, mode: bool = True) -> Policy:
+        """Adapters' dropout follows `mode`; the model's own dropout stays off: copies of a shared prefix must agree."""
+        self.training = mode
+        self.model.eval()
+        for name, module in self.model.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def hidden(self, stream: Stream, plan: Any = None) -> Tensor:
+        """[T, H] for a packed stream."""
+        if self.why_not_shared is not None:
+            return padded_hidden(self.body, stream)
+        out = self.body(
+            input_ids=stream.tokens[None].to(self.device),
+            position_ids=stream.layout.position[None].to(self.device),
+            plan=plan if plan is not None else Forest(stream.layout),
+            use_cache=False,
+        )
+        return out.last_hidden_state[0]
+
+    def forward(self, micro: Micro, objective: Objective, *, couple: Tensor | None = None, rows: int | None = None) -> Output:
+        """One micro-batch: body, head and the objective's gradient on the loss rows. `couple` [M]: ids never split by a chunk."""
+        plan = Forest(micro.stream.layout)
+        hidden = self.hidden(micro.stream, plan)
+        view = micro.view
+        options: dict[str, Any] = {} if rows is None else {"rows": rows}
+        weight = self.head_weight()
+        loss, logprobs = head_loss(
+            hidden[view.source.to(hidden.device)], weight, view.label.to(hidden.device), objective,
+            index=view.index.to(hidden.device), couple=couple, bias=self.head_bias(), logit_map=self.logit_map, **options,
+        )  # fmt: skip
+        tokens, head_rows = len(micro.stream.tokens), len(view.label)
+        grads, head_trained = loss.requires_grad, weight.requires_grad
+        twice = recomputed_rows(head_rows, weight, index=view.index, couple=couple, rows=rows) if couple is not None else 0
+
+        def executed_flops(backward: bool) -> int:
+            shape = self.shape
+            per_token = 2 * shape.body_parameters + 2 * shape.adapter_parameters
+            if backward:
+                per_token += (2 if shape.trained == "adapter" else 4) * shape.body_parameters + 4 * shape.adapter_parameters
+            if self.why_not_shared is None:
+                body_tokens, attention = tokens, plan.flops + (plan.flops_backward if backward else 0)
+            else:  # padded rows: every position, and a full square of keys in each layer
+                body_tokens = padded_positions(micro.stream.layout)
+                longest = max(f + n for f, n in zip(micro.stream.layout.first_position, micro.stream.layout.length))
+                pair = 2 * shape.query_heads * (shape.key_width + shape.value_width) * shape.layers
+                attention = (3 if backward else 1) * pair * body_tokens * longest
+            # the head forms its gradient in the forward, so it is spent whether or not a backward follows
+            head = head_flops(
+                head_rows, shape.vocabulary, shape.hidden, weight_trained=head_trained, backward=grads, recomputed=twice
+            )
+            return per_token * body_tokens + attention + head
+
+        return Output(loss, logprobs, executed_flops)
+
+    @torch.no_grad()
+    def logprobs(self, micro: Micro) -> Tensor:
+        """[M] log-probabilities of the micro-batch's labels, in entry order; no gradient."""
+        hidden = self.hidden(micro.stream)
+        view = micro.view
+        rows = head_logprobs(
+            hidden[view.source.to(hidden.device)], self.head_weight(), view.label.to(hidden.device),
+            bias=self.head_bias(), logit_map=self.logit_map,
+        )  # fmt: skip
+        return rows[view.index.to(rows.device)]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a turn: the generation config's, the model config's and the tokenizer's."""
+        found: list[int] = []
+        for holder in (getattr(self.base, "generation_config", None), self.base.config, self.tokenizer):
+            ids = getattr(holder, "eos_token_id", None)
+            found += [ids] if isinstance(ids, int) else list(ids or ())
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model was built for."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything that is trained; a tied weight appears once."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+def find_logit_map(base: Any, body: nn.Module, weight: Tensor, bias: Tensor | None) -> LogitMap:
+    """Which map makes this model's logits from h W^T + b: asked of the model, because four config fields spell it and two
+    architectures use one field in opposite senses. Raises MachineError when none does.
+    """
+    config = base.config.get_text_config()
+    scales = [1.0]
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale"):
+        value = getattr(config, name, None)
+        if value:
+            scales += [float(value), 1 / float(value)]
+    caps = [None]
+    if cap := getattr(config, "final_logit_softcapping", None):
+        caps.insert(0, cap)
+    ids = torch.arange(3, 11, device=weight.device)[None] % config.vocab_size
+    with torch.no_grad():
+        own = base(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = body(input_ids=ids, use_cache=False).last_hidden_state[0]
+        linear = torch.nn.functional.linear(hidden, weight, bias).float()
+        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
+        worst: list[float] = []
+        for scale in scales:
+            for softcap in caps:
+                guess = LogitMap(scale=scale, softcap=softcap)
+                error = float((guess(linear.clone()) - own).norm() / own.norm().clamp_min(1e-12))
+                worst.append(error)
+                if error < tolerance:
+                    return guess
+    raise MachineError(
+        f"no known map from hidden rows to this model's logits (closest differs by {min(worst):.1e})",
+        where=type(base).__name__,
+        remedy="please report the architecture; its head is not a linear map with scale and softcap",
+    )
+
+
+__all__ = ["NAME", "Output", "Policy", "find_logit_map"]

@@ -1,0 +1,83 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from burnish.answers.extract import final_answer, final_number, marked_answers, normalised, number
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("12+30=42\n####42", "42"),
+        ("#### 42", "42"),
+        ("####42\nand so on", "42"),
+        ("so \\boxed{42}.", "42"),
+        ("so \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("####042 then ####42", "042 then"),
+        ("####7\n####7", "7"),
+        ("####007\n####7", "7"),
+        ("\\boxed{7} is the answer ####7", "7"),
+        ("42", None),
+        ("", None),
+        ("####", None),
+        ("####   ", None),
+        ("####7\n####8", None),
+        ("####8\n####7\n####8", None),
+        ("\\boxed{1} \\boxed{2}", None),
+        ("####7 or \\boxed{8}", None),
+        ("####7\n####", None),
+        ("\\boxed{7", None),
+        ("### 7", None),
+    ],
+)
+def test_the_last_mark_counts_and_marks_that_disagree_do_not(text: str, wanted: str | None) -> None:
+    if text == "####042 then ####42":
+        assert marked_answers(text) == ["042 then", "42"]
+        assert final_answer(text) is None
+    else:
+        assert final_answer(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("-0", "0"), ("+3", "3"), ("007", "7"), (" 42 ", "42"), ("-0.0", "0"), ("1,250", "1250"), ("3.", "3"),
+        ("3.10", "3.1"), (".5", "0.5"), ("-007", "-7"), ("\u22125", "-5"), ("$18", "18"), ("0", "0"), ("- 4", "-4"),
+        ("", None), ("-", None), ("+", None), (".", None), ("1 2", None), ("12a", None), ("--3", None), ("+-3", None),
+        ("1,25", None), ("1e3", None), ("\u0663", None), ("3.1.4", None), ("nan", None), ("-+3", None),
+    ],
+)  # fmt: skip
+def test_numbers_have_one_spelling(text: str, wanted: str | None) -> None:
+    assert number(text) == wanted
+
+
+@given(st.integers())
+def test_every_spelling_of_an_integer_is_read_as_it(value: int) -> None:
+    wanted = str(value)
+    assert number(wanted) == wanted
+    assert number(f"{value:,}") == wanted
+    assert number(f"{value:+d}") == wanted
+    assert number(f"  {value:012d} ") == wanted
+    assert number(f"{value}.0") == wanted
+    assert final_number(f"work\n####{value}") == wanted
+
+
+@given(st.integers(), st.integers())
+def test_different_integers_stay_different(a: int, b: int) -> None:
+    assert (number(str(a)) == number(str(b))) == (a == b)
+
+
+@given(st.text())
+def test_any_text_is_read_without_an_error_and_normalising_twice_changes_nothing(text: str) -> None:
+    final_answer(text)
+    assert normalised(normalised(text)) == normalised(text)
+
+
+@given(st.text(alphabet="\\boxed{}#17 \n", max_size=60))
+def test_marks_in_a_tangle_never_raise(text: str) -> None:
+    answer = final_answer(text)
+    assert answer is None or answer in marked_answers(text)
+
+
+def test_an_answer_list_wins_nothing() -> None:
+    assert final_number("\n".join(f"####{n}" for n in range(500))) is None
