@@ -247,14 +247,43 @@ def test_spend_is_exact() -> None:
     nodes = engine.prefill_many(given)
     assert engine.spend.sampled_tokens == sum(len(t.completion) for t in found)
     assert engine.spend.prefill_tokens == sum(map(len, given))
-    assert engine.spend == sum((t.cost for t in found), sum((n.cost for n in nodes), Spend()))
+    alone = sum((t.cost for t in found), sum((n.cost for n in nodes), Spend()))
+    assert engine.spend.executed_flops < alone.executed_flops  # samples that agree are one row; each is charged as if alone
     assert engine.spend.useful_flops <= engine.spend.executed_flops
     shape = engine.shape
+    # what was launched: a head row for every distinct beginning of a completion, a body row for every one that is not empty
+    begun = {(i, t.completion[:j], len(given[i])) for i, t in zip([i for i in range(7) for _ in range(3)], found) for j in range(len(t.completion))}
+    steps = [forward_flops(shape, len(said) > 0, 1, [(first + len(said) - 1, 1)] if said else []) for _, said, first in begun]
+    assert engine.spend.useful_flops == sum(n.cost.useful_flops for n in nodes) + sum(steps)
     for t in found:
         prompt = len(t.tokens) - len(t.completion)
         # prompt and completion read as one, the last token unread, a head row for every token drawn
         whole = forward_flops(shape, len(t.tokens) - 1, len(t.completion), [(0, len(t.tokens) - 1)])
         assert t.cost.useful_flops == whole - forward_flops(shape, prompt, 0, [(0, prompt)])
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.5])
+def test_samples_that_agree_are_one_row_and_the_same_tokens(temperature: float, sharing: str) -> None:
+    # alone, a sample shares a row with nobody: the same noise has to give it the same tokens and log-probabilities
+    given, sampling = prompts(6), Sampling(temperature=temperature, max_new_tokens=14, seed=5)
+    together = run(LocalEngine(policy("gemma3"), rows=9), given, sampling, samples=12)
+    engine = LocalEngine(policy("gemma3"))
+    nodes = engine.prefill_many(given)
+    alone = [engine.sample([node], sampling, [(i, s)])[0] for i, node in enumerate(nodes) for s in range(12)]
+    assert _mismatches(_tokens(alone), _tokens(together)) <= 1
+    for a, b in zip(alone, together):
+        if a.completion == b.completion:
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.finish == b.finish and a.cost.useful_flops == b.cost.useful_flops
+
+
+def test_rows_split_only_where_samples_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, sizes = LocalEngine(policy("qwen3", endless=True), rows=64), list[int]()
+    plain = engine.weights.body
+    monkeypatch.setattr(engine.weights, "body", lambda tokens, position, plan: (sizes.append(len(tokens)), plain(tokens, position, plan))[1])
+    found = run(engine, prompts(2), Sampling(temperature=0.6, max_new_tokens=6, seed=1), samples=10)
+    said = [(i // 10, t.completion) for i, t in enumerate(found)]
+    want = [len({(i, c[: j + 1]) for i, c in said}) for j in range(5)]
+    assert sizes[-5:] == want and want[0] < 20
 
 
 def test_executed_flops_are_what_torch_counts(sharing: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from itertools import pairwise
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from burnish.core.ledger import forward_flops
 from burnish.core.records import ModelShape, Sampling, Spend, Trajectory
 from burnish.engines.base import Node, StaleNodeError, check_rows, check_sampling
 from burnish.engines.local.arena import Arena, LocalNode
+from burnish.engines.local.lean import Weights
 from burnish.engines.local.plans import Prefill
 from burnish.engines.local.rollout import Rollout
 from burnish.forest.attention import Forest
@@ -72,6 +72,7 @@ class LocalEngine:
         self._nodes: dict[tuple[int, tuple[int, ...]], LocalNode] = {}
         self._computed: dict[LocalNode, None] = {}  # oldest first
         self._made = 0
+        self._weights = Weights(policy)
 
     @property
     def weights_version(self) -> str:
@@ -179,7 +180,7 @@ class LocalEngine:
         for node in batch:
             at[node] = self.arena.allocate(len(node.ids))
         plan = Prefill(self.arena, batch, cast("Mapping[Node, int]", at), self.bytes_per_token, self.policy.device)
-        hidden = self.body(plan.tokens, plan.position, plan)[plan.last]
+        hidden = self.weights.body(plan.tokens, plan.position, plan)[plan.last]
         shape = self.shape
         per_token = 2 * (shape.body_parameters + shape.adapter_parameters)
         for node, row, attention in zip(batch, hidden, plan.flops_of.tolist()):
@@ -192,10 +193,10 @@ class LocalEngine:
             )
             self.spend += node.cost
 
-    def body(self, tokens: Tensor, position: Tensor, plan: Any) -> Tensor:
-        """[T, H] of the policy's body for T tokens under a plan."""
-        out = self.policy.body(input_ids=tokens[None], position_ids=position[None], plan=plan, use_cache=False)
-        return out.last_hidden_state[0]
+    @property
+    def weights(self) -> Weights:
+        """What it computes with, of the policy's present version."""
+        return self._weights.current()
 
     # ---- sampling
 
@@ -216,7 +217,8 @@ class LocalEngine:
         rollout = Rollout(self, cast("Sequence[LocalNode]", nodes), sampling, keys)
         rollout.run()
         made = rollout.trajectories()
-        self.spend += Spend(*(sum(getattr(t.cost, f.name) for t in made) for f in fields(Spend)))
+        drawn = sum(t.cost.sampled_tokens for t in made)
+        self.spend += Spend(sampled_tokens=drawn, useful_flops=rollout.useful, executed_flops=rollout.launched)
         return made
 
     # ---- scoring

@@ -280,6 +280,15 @@ class Decode:
         self._rows = torch.arange(self.n, device=self.device)
         self._seen: dict[int | None, tuple[int, Tensor]] = {}
         self._bias: dict[tuple[int | None, int, int], Tensor] = {}
+        self._places: dict[tuple[int, int], Tensor] = {}
+
+    def _place(self, kv_heads: int, size: int) -> Tensor:
+        """[n * kv_heads] where each row's new key stands among all keys of all slots."""
+        name = kv_heads, size
+        if name not in self._places:
+            head = torch.arange(kv_heads, device=self.device)
+            self._places[name] = ((self._rows[:, None] * kv_heads + head) * size + self._length[:, None]).flatten()
+        return self._places[name]
 
     def _own(self, window: int | None) -> tuple[int, Tensor]:
         """(keys to skip that no row sees, [n, span - skip] which of the others each row sees)."""
@@ -315,8 +324,9 @@ class Decode:
         """See forest.attention.Plan."""
         n, (heads, width), kv_heads = self.n, q.shape[1::2], k.shape[1]
         keys, values = self.arena.row_slots(layer, k, v)
-        keys[self._rows, :, self._length] = k[0].transpose(0, 1)
-        values[self._rows, :, self._length] = v[0].transpose(0, 1)
+        place = self._place(kv_heads, keys.shape[2])
+        for x, new in ((keys, k), (values, v)):
+            x.view(-1, x.shape[3]).index_copy_(0, place, new[0].transpose(0, 1).reshape(-1, x.shape[3]))
         skip, seen = self._own(window)
         ks, vs = keys[:n, :, skip : self.span], values[:n, :, skip : self.span]
         queries = q[0].transpose(0, 1)

@@ -108,46 +108,52 @@ def floor_of(z: Tensor, top_k: int, top_p: float) -> Tensor:
     return floor
 
 
-def _one_level(z: Tensor, key: Tensor, position: Tensor) -> Tensor:
-    return gumbel(key, position, z.shape[-1]).add_(z).argmax(-1)
+def _one_level(z: Tensor, key: Tensor, position: Tensor, rows: Tensor) -> Tensor:
+    return gumbel(key, position, z.shape[-1]).add_(z[rows]).argmax(-1)
 
 
-def _two_levels(z: Tensor, key: Tensor, position: Tensor) -> Tensor:
+def _two_levels(z: Tensor, key: Tensor, position: Tensor, rows: Tensor) -> Tensor:
     vocabulary = z.shape[-1]
     width, whole = _blocks(vocabulary)
     masses = [z[:, : whole * width].unflatten(-1, (whole, width)).logsumexp(-1)]
     if whole * width < vocabulary:
         masses.append(z[:, whole * width :].logsumexp(-1, keepdim=True))
-    mass = torch.cat(masses, -1)
+    mass = torch.cat(masses, -1)[rows]
     block = gumbel(key, position, mass.shape[-1]).add_(mass).argmax(-1)
     token = block[:, None] * width + torch.arange(width, device=z.device)
-    inside = z.gather(-1, token.clamp_max(vocabulary - 1)).masked_fill_(token >= vocabulary, -torch.inf)
+    inside = z[rows[:, None], token.clamp_max(vocabulary - 1)].masked_fill_(token >= vocabulary, -torch.inf)
     return block * width + gumbel(key, position, width, _SECOND_LEVEL).add_(inside).argmax(-1)
 
 
 def draw(
-    head: Tensor, sampling: Sampling, key: Tensor, position: Tensor, logit_map: LogitMap = IDENTITY
-) -> tuple[Tensor, Tensor]:
-    """tokens [n] and their log-probabilities [n] under the model itself: temperature 1, nothing cut away.
+    head: Tensor, sampling: Sampling, key: Tensor, position: Tensor, logit_map: LogitMap = IDENTITY, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """tokens [m] and their log-probabilities [m] under the model itself: temperature 1, nothing cut away.
 
-    head [n, v]: what the head's linear gives, in any precision; may be overwritten. key, position [n] int64. On a CPU
-    rows are converted, mapped and drawn a few at a time, as many as stay in cache.
+    head [n, v]: what the head's linear gives, in any precision; may be overwritten. key, position [m] int64; rows [m]:
+    the row each draws from, ascending (None: one draw a row). On a CPU rows are converted, mapped and drawn from a few
+    at a time, as many as stay in cache.
     """
+    rows = torch.arange(len(head), device=head.device) if rows is None else rows
     step = max(1, _TILE // head.shape[-1]) if head.device.type == "cpu" else len(head)
+    if step >= len(head):
+        return _draw(logit_map.overwrite(head.float()), sampling, key, position, rows)
+    cuts = torch.searchsorted(rows, torch.arange(0, len(head) + step, step, device=rows.device)).tolist()
     parts = [
-        _draw(logit_map.overwrite(head[a : a + step].float()), sampling, key[a : a + step], position[a : a + step])
-        for a in range(0, len(head), step)
+        _draw(logit_map.overwrite(head[i * step : (i + 1) * step].float()), sampling, key[a:b], position[a:b], rows[a:b] - i * step)
+        for i, (a, b) in enumerate(zip(cuts, cuts[1:]))
+        if b > a
     ]
     return torch.cat([t for t, _ in parts]), torch.cat([x for _, x in parts])
 
 
-def _draw(logits: Tensor, sampling: Sampling, key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, sampling: Sampling, key: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     total = logits.logsumexp(-1)
     if sampling.temperature == 0:
-        token = logits.argmax(-1)
+        token = logits.argmax(-1)[rows]
     else:
         z = logits if sampling.temperature == 1.0 else logits / sampling.temperature
         if sampling.top_k or sampling.top_p < 1.0:
             z = z.masked_fill(z < floor_of(z, sampling.top_k, sampling.top_p), -torch.inf)
-        token = (_two_levels if z.shape[-1] >= TWO_LEVELS_FROM else _one_level)(z, key, position)
-    return token, logits.gather(-1, token[:, None])[:, 0] - total
+        token = (_two_levels if z.shape[-1] >= TWO_LEVELS_FROM else _one_level)(z, key, position, rows)
+    return token, logits[rows, token] - total[rows]
