@@ -63,13 +63,14 @@ class Loaded:
         max_new_tokens: int = 256,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]:
         """One answer a prompt; a prompt is text or a list of {role, content}. Greedy unless a temperature is given."""
         from burnish.core.records import Sampling
 
-        sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed)
+        sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, min_p)
         nodes = self.engine.prefill_many([self._ids(p) for p in prompts])
         found = self.engine.sample(nodes, sampling, [(i, 0) for i in range(len(nodes))])
         for node in nodes:

@@ -268,7 +268,7 @@ class Questions:
         candidates = judged.temperature if isinstance(judged.temperature, tuple) else ()
         sampling = Sampling(
             temperature=candidates[0] if candidates else float(judged.temperature),  # type: ignore[arg-type]
-            top_k=judged.top_k, top_p=judged.top_p, max_new_tokens=judged.max_new_tokens, stop=judged.stop,
+            top_k=judged.top_k, top_p=judged.top_p, min_p=judged.min_p, max_new_tokens=judged.max_new_tokens, stop=judged.stop,
             seed=derive(self.seed, "samples"),
         )  # fmt: skip
         engine = LocalEngine(policy, end_ids=self.chat.end_ids)

@@ -12,9 +12,11 @@ from burnish.core.errors import ConfigError, DataError, DivergedError, MachineEr
 from burnish.core.ledger import forward_flops
 from burnish.core.records import Sampling, Spend, Trajectory
 from burnish.engines.base import Node, StaleNodeError
-from burnish.engines.local import plans
+from burnish.engines.local import lean, plans
 from burnish.engines.local import rollout as rollout_module
 from burnish.engines.local.engine import LocalEngine
+from burnish.maths.kernels import kernels_for
+from burnish.models.adapters import lora
 from tests.engines.chi_square import chi_square
 from tests.engines.policies import generated, own_logprobs, policy, prompts, reference
 
@@ -28,6 +30,12 @@ def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Prefixes copied into slots, attended to as shared blocks, or the long ones only."""
     monkeypatch.setattr(plans, "SHARED_BYTES", SHARING[request.param])
     return request.param
+
+
+def without_kernels(engine: LocalEngine) -> None:
+    """Decode by torch's operations, as where there is no compiler."""
+    assert engine.weights.lean is not None
+    engine.weights.lean.kernels = None
 
 
 def run(
@@ -289,9 +297,75 @@ def test_rows_split_only_where_samples_differ(monkeypatch: pytest.MonkeyPatch) -
 def test_executed_flops_are_what_torch_counts(sharing: str) -> None:
     # softcapped attention is plain products, which torch's counter sees
     engine = LocalEngine(policy("gemma2"), rows=5)
+    without_kernels(engine)
     with FlopCounterMode(display=False) as counter:
         run(engine, prompts(4), WARM, samples=2)
     assert engine.spend.executed_flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.skipif(kernels_for(torch.float32) is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gemma2"])
+def test_kernels_do_no_more_than_needed_and_agree_with_plain_operations(name: str, sharing: str) -> None:
+    fused, plain = LocalEngine(policy(name)), LocalEngine(policy(name))
+    without_kernels(plain)
+    given = prompts(9)
+    a, b = run(fused, given, WARM, samples=3), run(plain, given, WARM, samples=3)
+    assert _mismatches(_tokens(a), _tokens(b)) <= 1
+    for x, y in zip(a, b):
+        if x.completion == y.completion:
+            assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
+    assert fused.spend.useful_flops == plain.spend.useful_flops and fused.spend.executed_flops < plain.spend.executed_flops
+    if sharing == "slots":  # every key a row sees, and no other
+        read = sum((n.cost for n in fused.prefill_many(given)), Spend())
+        assert fused.spend.executed_flops - read.executed_flops == fused.spend.useful_flops - read.useful_flops
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "gemma2"])
+def test_the_lean_body_is_used_and_the_models_own_where_it_cannot_be(name: str) -> None:
+    engine = LocalEngine(policy(name))
+    assert engine.policy.decisions["decode"]["value"] == "lean"
+    without_kernels(engine)
+    assert [t.completion for t in run(engine, prompts(8), GREEDY)] == generated(name, 8, 20)
+    engine.weights.lean = None
+    assert [t.completion for t in run(engine, prompts(8), GREEDY)] == generated(name, 8, 20)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_a_body_that_is_not_understood_is_run_as_it_is(name: str) -> None:
+    model = policy(name)
+    LocalEngine(model)
+    assert model.decisions["decode"]["value"] == "own" and "transformers' own modules" in model.decisions["decode"]["why"]
+
+
+def test_a_lean_body_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean.Norm, "scaled", lambda self, x, weight: 1.01 * x)
+    monkeypatch.setattr(lean.Norm, "_error", lambda self, x, want, offset, late: 0.0)
+    model = policy("llama")
+    LocalEngine(model)
+    assert "differ from the model's own" in model.decisions["decode"]["why"]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_adapters_are_merged_into_the_engines_copy_and_follow_the_version(kernels: bool) -> None:
+    base = policy("gemma3")
+    base.requires_grad_(False)
+    adapted = lora(base, rank=4)
+    engine = LocalEngine(adapted)
+    if not kernels:
+        without_kernels(engine)
+    given = prompts(8)
+    assert [t.completion for t in run(engine, given, GREEDY)] == generated("gemma3", 8, 20)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    adapted.version += 1
+    found = run(engine, given, GREEDY)
+    assert [t.completion for t in found] != generated("gemma3", 8, 20)
+    for prompt, t in zip(given, found):
+        (scored,) = engine.score([engine.prefill(t.completion, engine.prefill(prompt))])  # through peft's own layers
+        assert t.logprobs == pytest.approx(scored, abs=1e-4)
 
 
 def test_a_poll_that_raises_leaves_the_engine_usable() -> None:

@@ -129,8 +129,8 @@ def check(resolved: Resolved) -> Checked:
         rows = min(lines, judged.rows or lines) if lines is not None else None
         times = 1 + sum(stage.evaluate is None or name in stage.evaluate for stage in recipe.stages)
         evals.append(_eval_plan(name, judged, rows, times))
-        if judged.strategies == ("greedy",) and (judged.temperature, judged.top_k, judged.top_p) != (1.0, 0, 1.0):
-            message = "greedy takes neither temperature nor top_k nor top_p; they do nothing here"
+        if judged.strategies == ("greedy",) and (judged.temperature, judged.top_k, judged.top_p, judged.min_p) != (1.0, 0, 1.0, 0.0):
+            message = "greedy takes neither temperature nor top_k nor top_p nor min_p; they do nothing here"
             found("note", ("evals", name, "strategies"), message)
     return Checked(tuple(findings), tuple(stages), tuple(evals))
 

@@ -169,6 +169,7 @@ class Eval(Section):
     max_new_tokens: int = Field(default=256, ge=1, description="a whole number, 1 or more", examples=[256])
     top_k: int = Field(default=0, ge=0, description="a whole number, 0 for off", examples=[0])
     top_p: float = Field(default=1.0, gt=0, le=1, description="a number above 0, up to 1 for off", examples=[1.0])
+    min_p: float = Field(default=0.0, ge=0, lt=1, description="a number from 0 (off) to below 1", examples=[0.05])
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="a list of texts that end a completion", examples=['["\\n\\n"]']
     )

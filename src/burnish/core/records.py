@@ -57,7 +57,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: logits / temperature, then top-k, then top-p. Temperature 0 is greedy.
+    """How a token is drawn: logits / temperature, then top-k, then top-p, then min-p. Temperature 0 is greedy.
+
+    min_p: tokens less likely than this share of the likeliest are never drawn (arXiv:2407.01082).
 
     stop: strings that end a sample. The token that completes one stays in the ids; the text is cut before it.
     """
@@ -68,6 +70,7 @@ class Sampling:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int = 0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ def check_sampling(sampling: Sampling) -> None:
         "temperature": (s.temperature, 0 <= s.temperature < float("inf"), "0 (greedy) or a positive number"),
         "top_k": (s.top_k, s.top_k >= 0, "0 (off) or a positive whole number"),
         "top_p": (s.top_p, 0 < s.top_p <= 1, "more than 0, at most 1 (off)"),
+        "min_p": (s.min_p, 0 <= s.min_p < 1, "0 (off) or a number below 1"),
         "max_new_tokens": (s.max_new_tokens, s.max_new_tokens >= 1, "at least 1"),
         "stop": (s.stop, all(s.stop), "strings that are not empty"),
     }

@@ -107,6 +107,7 @@ def evaluate(
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
             "max_new_tokens": sampling.max_new_tokens,
             "seed": sampling.seed,
             "stop": list(sampling.stop),

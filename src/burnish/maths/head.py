@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from burnish.core.errors import ConfigError
+from burnish.maths.kernels import kernels_for
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -303,7 +304,9 @@ class _Pass:
         self.tile = _TILE.get(self.weight.device.type, _TILE_ELSEWHERE)
         self.lines = max(1, self.tile // max(1, vocabulary))
         self.logits = self.weight.new_empty(rows, vocabulary)
-        self.scratch = self.logits.new_empty(min(self.lines, rows) if self.narrow else 0, vocabulary, dtype=self.wide)
+        self.kernels = kernels_for(self.weight.dtype, self.weight.device.type)
+        lines = min(self.lines, rows) if self.narrow and self.kernels is None else 0
+        self.scratch = self.logits.new_empty(lines, vocabulary, dtype=self.wide)
 
     def run(
         self,
@@ -365,7 +368,21 @@ class _Pass:
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=z)
         at_label = self.logit_map(z.gather(1, label).to(self.wide))
-        top, mass = torch.empty_like(at_label), torch.empty_like(at_label)
+        if self.kernels is not None:
+            m = self.logit_map
+            top, mass = self.kernels.overwrite_exp(z, m.scale, m.softcap, m.temperature, keep)
+        else:
+            top, mass = self._overwrite_exp(z, keep, torch.empty_like(at_label), torch.empty_like(at_label))
+        logprobs = (at_label - top - mass.log())[:, 0]
+        own, slope = (at_label - top).exp_() - mass, self.logit_map.slope(at_label)
+        if isinstance(slope, Tensor):
+            own, slope = own * slope, 1.0
+        if keep:  # by index: scatter_ would copy all of z
+            z[torch.arange(len(z), device=z.device), label[:, 0]] = own[:, 0].to(z.dtype)
+        return z, logprobs, mass[:, 0] / slope
+
+    def _overwrite_exp(self, z: Tensor, keep: bool, top: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """z [n, v] becomes exp(y - top), times the slope where that varies and with `keep`; tile by tile, to stay in cache."""
         for start in range(0, len(z), self.lines):
             here = slice(start, start + self.lines)
             block = z[here]
@@ -377,13 +394,7 @@ class _Pass:
                 y.mul_(slope)
             if self.narrow and keep:
                 block.copy_(y)
-        logprobs = (at_label - top - mass.log())[:, 0]
-        own, slope = (at_label - top).exp_() - mass, self.logit_map.slope(at_label)
-        if isinstance(slope, Tensor):
-            own, slope = own * slope, 1.0
-        if keep:  # by index: scatter_ would copy all of z
-            z[torch.arange(len(z), device=z.device), label[:, 0]] = own[:, 0].to(z.dtype)
-        return z, logprobs, mass[:, 0] / slope
+        return top, mass
 
     def add_product(self, total: Tensor, z: Tensor, hidden: Tensor, fresh: bool) -> None:
         """total [v, h] += z^T hidden, or = where `fresh`."""

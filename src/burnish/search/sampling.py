@@ -27,7 +27,7 @@ def _outcomes(engine: Engine, prompts: Sequence[Prompt], budget: Budget, n: int)
 
 def greedy(engine: Engine, prompts: Sequence[Prompt], judge: Judge, budget: Budget) -> list[Outcome]:
     """The most probable token at every step."""
-    sampling = replace(budget.sampling, temperature=0.0, top_k=0, top_p=1.0)
+    sampling = replace(budget.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
     return _outcomes(engine, prompts, replace(budget, sampling=sampling), 1)
 
 

@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.core.errors import ConfigError
+from burnish.engines.local.plans import Decode
 from burnish.forest.attention import Forest, rotation_limit
 from burnish.forest.stream import Layout
 from burnish.maths.head import effective_weight
+from burnish.maths.kernels import Kernels, kernels_for
 from burnish.models.policy import Policy
 
 COPIED_BYTES = 64 * 2**20  # a model whose weights take less is copied for joined products even where nothing is reordered
@@ -127,6 +129,7 @@ class Norm:
     @torch.no_grad()
     def remake(self) -> None:
         weight = self.module.weight
+        self.wide = weight.float() + self.offset  # for the kernels, which take weights in float32
         self.plain = weight.dtype in (torch.float32, torch.float64)
         self.weight = weight + self.offset if self.plain or self.late else weight.float() + self.offset
 
@@ -190,7 +193,9 @@ class Layer:
     norm_by_head: bool
     rotation: Rotation | None
     sizes: tuple[int, int, int]  # H, Hk, D
+    gelu: bool | None  # the activation: gelu in its tanh form, or silu; None: another
     qk_weight: Tensor | None = None
+    qk_wide: Tensor | None = None
     attention: tuple[float, int | None, float | None] = (1.0, None, None)  # scale, window, softcap: as the plan was told
 
     def remake(self) -> None:
@@ -200,8 +205,8 @@ class Layer:
             norm.remake()
         if self.q_norm is not None and self.k_norm is not None and self.norm_by_head:
             heads, kv_heads, width = self.sizes
-            rows = [self.q_norm.weight.expand(heads, width), self.k_norm.weight.expand(kv_heads, width)]
-            self.qk_weight = torch.cat(rows)
+            pairs = (self.q_norm.weight, self.k_norm.weight), (self.q_norm.wide, self.k_norm.wide)
+            self.qk_weight, self.qk_wide = (torch.cat([q.expand(heads, width), k.expand(kv_heads, width)]) for q, k in pairs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys [n, H + Hk, D], normed, not yet rotated, and values [n, Hk, D]."""
@@ -230,6 +235,28 @@ class Layer:
         gate, up = self.up.run(x if self.before_mlp is None else self.before_mlp(x)).chunk(2, -1)
         y = self.down.run(self.act(gate).mul_(up))
         return x + (y if self.after_mlp is None else self.after_mlp(y))
+
+
+    @property
+    def fusible(self) -> bool:
+        """Whether the kernels compute this layer: one way of norming, an activation they know, heads normed one by one."""
+        norms = list(self.norms.values())
+        return (
+            self.gelu is not None
+            and len({(n.epsilon, n.late) for n in norms}) <= 1
+            and (self.q_norm is None) == (self.k_norm is None)
+            and (self.q_norm is None or self.norm_by_head)
+        )
+
+
+def _gelu(act: Callable[[Tensor], Tensor]) -> bool | None:
+    """Whether an activation is gelu in its tanh form (True), silu (False), or neither."""
+    x = torch.linspace(-6, 6, 64)
+    y = act(x)
+    for gelu, want in ((False, F.silu(x)), (True, F.gelu(x, approximate="tanh"))):
+        if torch.allclose(y, want, atol=1e-6):
+            return gelu
+    return None
 
 
 def _parts(module: Any, known: set[str], what: str) -> dict[str, Any]:
@@ -265,7 +292,7 @@ def _layer(module: Any, rotation: Rotation | None, copied: bool) -> Layer:
     made = Layer(
         Matrix(qkv, copied), Matrix([attention["o_proj"]], copied), Matrix(up, copied), Matrix([mlp["down_proj"]], copied),
         act, norms, before, after, before_mlp, after_mlp, q_norm, norms.get("k_norm"),
-        q_norm is not None and q_norm.width == (width,), rotation, (heads, kv_heads, width),
+        q_norm is not None and q_norm.width == (width,), rotation, (heads, kv_heads, width), _gelu(act),
     )  # fmt: skip
     made.remake()
     return made
@@ -327,6 +354,9 @@ class LeanBody:
             self.layers.append(layer)
         self.norm = Norm(body.norm)
         self.rotations = list(rotations.values())
+        known = kernels_for(policy.dtype, policy.device.type)
+        ways = {(n.epsilon, n.late) for layer in self.layers for n in layer.norms.values()} | {(self.norm.epsilon, self.norm.late)}
+        self.kernels = known if len(ways) == 1 and all(layer.fusible for layer in self.layers) else None
         tokens = _probe_tokens(policy)
         with torch.no_grad():
             got = self(tokens, _PROBE.position.to(tokens.device), Forest(_PROBE))
@@ -358,9 +388,29 @@ class LeanBody:
         x = self.embed(tokens)
         last = int(position.max())
         turns = {rotation: rotation.at(position, last) for rotation in self.rotations}
+        if self.kernels is not None and isinstance(plan, Decode):
+            return self._decode(self.kernels, x, turns, plan)
         for i, layer in enumerate(self.layers):
             x = layer(i, x, None if layer.rotation is None else turns[layer.rotation], plan)
         return self.norm(x)
+
+
+    def _decode(self, kernels: Kernels, x: Tensor, turns: dict[Rotation, tuple[Tensor, Tensor]], plan: Decode) -> Tensor:
+        """One token a row: four products a layer, and one kernel between any two of them."""
+        x, epsilon, late = x.contiguous(), self.norm.epsilon, self.norm.late
+        y = torch.empty_like(x)
+
+        def step(more: Tensor | None, after: Norm | None, before: Norm | None) -> None:
+            kernels.add_norm(x, more, None if after is None else after.wide, None if before is None else before.wide, epsilon, late, y)
+
+        step(None, None, self.layers[0].before_attention)
+        for i, layer in enumerate(self.layers):
+            turn = None if layer.rotation is None else turns[layer.rotation]
+            out = plan.fused(kernels, i, layer.qkv.run(y), layer.sizes, layer.qk_wide, epsilon, late, turn, *layer.attention)
+            step(layer.out.run(out), layer.after_attention, layer.before_mlp)
+            down = layer.down.run(kernels.gated(layer.up.run(y), bool(layer.gelu)))
+            step(down, layer.after_mlp, self.layers[i + 1].before_attention if i + 1 < len(self.layers) else self.norm)
+        return y
 
 
 def _probe_tokens(policy: Policy) -> Tensor:

@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from burnish.engines.base import Node
 from burnish.engines.local.arena import KEYS_STEP, Arena
 from burnish.forest.blocks import attend_block, merge
+from burnish.maths.kernels import Kernels
 
 SHARED_BYTES = 2**20
 
@@ -44,7 +45,7 @@ def trunk_of(chain: Sequence[Node], rows: Mapping[Node, int], bytes_per_token: i
 def pack_heads(q: Tensor, kv_heads: int) -> Tensor:
     """[m, H, D] -> [1, Hk, groups * m, D]: the query heads of a kv head are more rows against one copy of its keys."""
     m, heads, width = q.shape
-    return q.view(m, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, width)
+    return q.reshape(m, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, width)
 
 
 def unpack_heads(x: Tensor, m: int) -> Tensor:
@@ -281,6 +282,8 @@ class Decode:
         self._seen: dict[int | None, tuple[int, Tensor]] = {}
         self._bias: dict[tuple[int | None, int, int], Tensor] = {}
         self._places: dict[tuple[int, int], Tensor] = {}
+        self._pairs: dict[int | None, np.ndarray] = {}
+        self._held = length.copy()
 
     def _place(self, kv_heads: int, size: int) -> Tensor:
         """[n * kv_heads] where each row's new key stands among all keys of all slots."""
@@ -343,6 +346,31 @@ class Decode:
         self.flops_of += flops
         self.flops += int(flops.sum())
         return out.to(q.dtype).transpose(0, 1)[None]
+
+    def fused(
+        self, kernels: Kernels, layer: int, qkv: Tensor, sizes: tuple[int, int, int], weights: Tensor | None, epsilon: float, late: bool,
+        turn: tuple[Tensor, Tensor] | None, scale: float, window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """The same step from a layer's projections qkv [n, (H + 2 Hk) D], not yet normed or rotated -> [n, H D].
+
+        One pass over each row's own keys and values, no longer than the row; see maths.kernels.Kernels.decode."""
+        heads, kv_heads, width = sizes
+        likeness = qkv[:1].view(1, -1, width)[:, :kv_heads].transpose(0, 1)
+        keys, values = self.arena.row_slots(layer, likeness, likeness)
+        cos, sin = turn or (None, None)
+        out, lse = kernels.decode(
+            qkv, weights, epsilon, late, cos, sin, keys, values, self._length, heads, scale, window, softcap, merged=bool(self.shared)
+        )
+        if window not in self._pairs:
+            self._pairs[window] = self._held + 1 if window is None else np.minimum(self._held + 1, window)
+        flops = 4 * heads * width * self._pairs[window]
+        if lse is not None:
+            q = qkv.view(self.n, -1, width)[:, :heads]
+            attend_shared(self.shared, *self.arena.nodes[layer], q, out, lse, scale, window, softcap, flops)
+            out = out.to(qkv.dtype)
+        self.flops_of += flops
+        self.flops += int(flops.sum())
+        return out.view(self.n, -1)
 
     def _alone(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Nothing to merge: q [n, Hk, groups, D], k [n, Hk, S, D], v [n, Hk, S, Dv] -> [n, H, Dv].

@@ -296,7 +296,7 @@ class Rollout:
         logprob = torch.cat([x for _, _, x in self.log]).float().cpu().numpy()[order]
         begin = np.concatenate([[0], np.cumsum(np.bincount(request, minlength=len(self.nodes)))])
         sampler = {
-            k: getattr(self.sampling, k) for k in ("temperature", "top_k", "top_p", "max_new_tokens", "stop", "seed")
+            k: getattr(self.sampling, k) for k in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop", "seed")
         }
         path = {node: node.path for node in dict.fromkeys(self.nodes)}
         return [

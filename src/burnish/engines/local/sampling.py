@@ -10,6 +10,7 @@ in it, Gumbel at both, which needs b + w numbers a row instead of v).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from burnish.core.records import Sampling
 from burnish.maths.head import IDENTITY, LogitMap
+from burnish.maths.kernels import Kernels, kernels_for
 
 TWO_LEVELS_FROM = 4096
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -135,6 +137,10 @@ def draw(
     at a time, as many as stay in cache.
     """
     rows = torch.arange(len(head), device=head.device) if rows is None else rows
+    kernels = kernels_for(head.dtype, head.device.type)
+    cut_away = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1.0 or sampling.min_p)
+    if kernels is not None and head.shape[-1] >= TWO_LEVELS_FROM and not cut_away:
+        return _draw_by_blocks(kernels, head.contiguous(), sampling, key, position, logit_map, rows)
     step = max(1, _TILE // head.shape[-1]) if head.device.type == "cpu" else len(head)
     if step >= len(head):
         return _draw(logit_map.overwrite(head.float()), sampling, key, position, rows)
@@ -147,6 +153,24 @@ def draw(
     return torch.cat([t for t, _ in parts]), torch.cat([x for _, x in parts])
 
 
+def _draw_by_blocks(
+    kernels: Kernels, head: Tensor, sampling: Sampling, key: Tensor, position: Tensor, logit_map: LogitMap, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two levels, reading the vocabulary once: the blocks' sums, then the tokens of one block."""
+    vocabulary, heat = head.shape[-1], sampling.temperature
+    width, _ = _blocks(vocabulary)
+    cool = LogitMap(logit_map.scale, logit_map.softcap)
+    own, warm = kernels.block_lse(head, width, cool.scale, cool.softcap, heat or 1.0)
+    if heat == 0:
+        token = head.argmax(-1)[rows]
+    else:
+        block = gumbel(key, position, warm.shape[-1]).add_(warm[rows]).argmax(-1)
+        inside = block[:, None] * width + torch.arange(width, device=head.device)
+        z = cool(head[rows[:, None], inside.clamp_max(vocabulary - 1)].float()).div_(heat).masked_fill_(inside >= vocabulary, -torch.inf)
+        token = block * width + gumbel(key, position, width, _SECOND_LEVEL).add_(z).argmax(-1)
+    return token, cool(head[rows, token].float()) - own.logsumexp(-1)[rows]
+
+
 def _draw(logits: Tensor, sampling: Sampling, key: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     total = logits.logsumexp(-1)
     if sampling.temperature == 0:
@@ -155,5 +179,7 @@ def _draw(logits: Tensor, sampling: Sampling, key: Tensor, position: Tensor, row
         z = logits if sampling.temperature == 1.0 else logits / sampling.temperature
         if sampling.top_k or sampling.top_p < 1.0:
             z = z.masked_fill(z < floor_of(z, sampling.top_k, sampling.top_p), -torch.inf)
+        if sampling.min_p:
+            z = z.masked_fill(z < z.amax(-1, keepdim=True) + math.log(sampling.min_p), -torch.inf)
         token = (_two_levels if z.shape[-1] >= TWO_LEVELS_FROM else _one_level)(z, key, position, rows)
     return token, logits[rows, token] - total[rows]

@@ -1,0 +1,183 @@
+/* CPU kernels: passes over memory that torch makes one operation at a time. Plain C, no headers but the standard ones, so that
+   the system's compiler makes them in under a second; `kernels.py` builds, checks and calls them, and says what each computes.
+
+   Each function exists for float and for bfloat16 (`_f32`, `_bf16`): values are widened to float, summed in float, and rounded
+   where the tensors they replace would have been. Rows are independent; threads divide them. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+static inline float wide_bf16(bf16 x) { uint32_t b = (uint32_t)x << 16; float f; memcpy(&f, &b, 4); return f; }
+static inline bf16 narrow_bf16(float f) { /* to nearest, ties to even; a NaN stays one */
+    uint32_t b; memcpy(&b, &f, 4);
+    uint32_t up = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    return (bf16)(((b & 0x7fffffffu) > 0x7f800000u) ? 0x7fc0u : up);
+}
+static inline float wide_f32(float x) { return x; }
+static inline float narrow_f32(float x) { return x; }
+
+/* exp to about 2 ulp, 0 below -87: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cody and Waite). Inlined, so that loops of it
+   are vector code. */
+static inline float exponential(float x) {
+    float y = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float n = rintf(y * 1.44269504f);
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t b = ((int32_t)n + 127) << 23; float s; memcpy(&s, &b, 4);
+    return x < -87.0f ? 0.0f : p * s;
+}
+static inline float tangent(float x) { /* tanh; odd and exact at its ends */
+    float a = fabsf(x), e = exponential(-2.0f * a), t = (1.0f - e) / (1.0f + e);
+    t = a < 1e-3f ? a - a * a * a / 3.0f : t;
+    return x < 0 ? -t : t;
+}
+/* logits = cap * tanh(scale * z / cap) / temperature, or scale * z / temperature where cap is 0 */
+static inline float mapped(float z, float scale, float cap, float temperature) {
+    z *= scale;
+    return (cap > 0 ? cap * tangent(z / cap) : z) / temperature;
+}
+
+#define EACH_TYPE(F) F(float, f32) F(bf16, bf16)
+
+/* the largest of x[a..b): sixteen running maxima, because compilers may not reorder one where NaN counts */
+#define LARGEST(T, S) \
+static inline float largest_##S(const T *x, int64_t a, int64_t b) { \
+    float m[16], t = -INFINITY; for (int l = 0; l < 16; l++) m[l] = -INFINITY; \
+    for (; a + 16 <= b; a += 16) for (int l = 0; l < 16; l++) { float y = wide_##S(x[a + l]); m[l] = y > m[l] ? y : m[l]; } \
+    for (; a < b; a++) { float y = wide_##S(x[a]); t = y > t ? y : t; } \
+    for (int l = 0; l < 16; l++) t = m[l] > t ? m[l] : t; \
+    return t; \
+}
+EACH_TYPE(LARGEST)
+
+/* z [n, v] becomes exp(y - top) (times the map's slope where `keep` and a cap), y = map(z); top and mass [n] */
+#define OVERWRITE_EXP(T, S) \
+void overwrite_exp_##S(T *z, int64_t n, int64_t v, float scale, float cap, float temperature, int keep, float *top, float *mass) { \
+    int64_t pieces = n < 4 ? 8 : 1, width = (v + pieces - 1) / pieces; \
+    float *part = malloc(sizeof(float) * n * pieces); \
+    _Pragma("omp parallel") { \
+    _Pragma("omp for schedule(static)") \
+    for (int64_t w = 0; w < n * pieces; w++) { \
+        const T *row = z + (w / pieces) * v; int64_t a = (w % pieces) * width, b = a + width < v ? a + width : v; \
+        part[w] = largest_##S(row, a, b); } \
+    _Pragma("omp for schedule(static)") \
+    for (int64_t i = 0; i < n; i++) { \
+        float m = -INFINITY; for (int64_t p = 0; p < pieces; p++) m = part[i * pieces + p] > m ? part[i * pieces + p] : m; \
+        top[i] = mapped(m, scale, cap, temperature); } \
+    _Pragma("omp for schedule(static)") \
+    for (int64_t w = 0; w < n * pieces; w++) { \
+        T *row = z + (w / pieces) * v; int64_t a = (w % pieces) * width, b = a + width < v ? a + width : v; \
+        float t = top[w / pieces], s = 0; \
+        if (cap > 0) { float slope = scale / temperature, back = temperature / cap; \
+            for (int64_t j = a; j < b; j++) { float y = mapped(wide_##S(row[j]), scale, cap, temperature), e = exponential(y - t); s += e; \
+                float u = y * back; row[j] = narrow_##S(keep ? e * (1.0f - u * u) * slope : e); } \
+        } else { float factor = scale / temperature; \
+            for (int64_t j = a; j < b; j++) { float e = exponential(wide_##S(row[j]) * factor - t); s += e; row[j] = narrow_##S(e); } } \
+        part[w] = s; } \
+    _Pragma("omp for schedule(static)") \
+    for (int64_t i = 0; i < n; i++) { float s = 0; for (int64_t p = 0; p < pieces; p++) s += part[i * pieces + p]; mass[i] = s; } } \
+    free(part); \
+}
+EACH_TYPE(OVERWRITE_EXP)
+
+/* log-sum-exp of each block of `width` of the mapped logits, the last one short: own [n, blocks] at temperature 1, and warm at
+   `temperature` (may be NULL). z is not written. */
+#define BLOCK_LSE(T, S) \
+void block_lse_##S(const T *z, int64_t n, int64_t v, int64_t width, float scale, float cap, float temperature, float *own, float *warm) { \
+    int64_t blocks = (v + width - 1) / width; \
+    _Pragma("omp parallel for schedule(static)") \
+    for (int64_t w = 0; w < n * blocks; w++) { \
+        const T *row = z + (w / blocks) * v; int64_t a = (w % blocks) * width, b = a + width < v ? a + width : v; \
+        float t = mapped(largest_##S(row, a, b), scale, cap, 1.0f), s = 0, q = 0, cold = 1.0f / temperature; \
+        if (t == -INFINITY) { own[w] = t; if (warm) warm[w] = t; continue; } \
+        if (cap > 0) for (int64_t j = a; j < b; j++) { float y = mapped(wide_##S(row[j]), scale, cap, 1.0f) - t; s += exponential(y); q += exponential(y * cold); } \
+        else if (warm) for (int64_t j = a; j < b; j++) { float y = wide_##S(row[j]) * scale - t; s += exponential(y); q += exponential(y * cold); } \
+        else for (int64_t j = a; j < b; j++) s += exponential(wide_##S(row[j]) * scale - t); \
+        own[w] = t + logf(s); if (warm) warm[w] = t * cold + logf(q); } \
+}
+EACH_TYPE(BLOCK_LSE)
+
+/* root-mean-square norm of one row: to `out`; `late` rounds before the weight is multiplied in */
+#define NORM_ROW(T, S) \
+static inline void norm_row_##S(const T *x, const float *weight, int64_t h, float epsilon, int late, T *out) { \
+    float s = 0; for (int64_t j = 0; j < h; j++) { float a = wide_##S(x[j]); s += a * a; } \
+    float r = 1.0f / sqrtf(s / (float)h + epsilon); \
+    if (late) for (int64_t j = 0; j < h; j++) out[j] = narrow_##S(wide_##S(narrow_##S(wide_##S(x[j]) * r)) * weight[j]); \
+    else for (int64_t j = 0; j < h; j++) out[j] = narrow_##S(wide_##S(x[j]) * r * weight[j]); \
+}
+EACH_TYPE(NORM_ROW)
+
+/* x [n, h] += y, or += norm(y) where `after`; then out = norm(x) where `before`. y and out may be NULL. */
+#define ADD_NORM(T, S) \
+void add_norm_##S(T *x, const T *y, const float *after, const float *before, int64_t n, int64_t h, float epsilon, int late, T *out) { \
+    _Pragma("omp parallel for schedule(static)") \
+    for (int64_t i = 0; i < n; i++) { \
+        T *row = x + i * h; \
+        if (y) { const T *more = y + i * h; T kept[after ? h : 1]; \
+            if (after) { norm_row_##S(more, after, h, epsilon, late, kept); more = kept; } \
+            for (int64_t j = 0; j < h; j++) row[j] = narrow_##S(wide_##S(row[j]) + wide_##S(more[j])); } \
+        if (out) { if (before) norm_row_##S(row, before, h, epsilon, late, out + i * h); else memcpy(out + i * h, row, h * sizeof(T)); } } \
+}
+EACH_TYPE(ADD_NORM)
+
+/* out [n, h] = act(both[:, :h]) * both[:, h:], act = silu (0) or gelu with tanh (1) */
+#define GATED(T, S) \
+void gated_##S(const T *both, int64_t n, int64_t h, int gelu, T *out) { \
+    _Pragma("omp parallel for schedule(static)") \
+    for (int64_t i = 0; i < n; i++) { \
+        const T *gate = both + 2 * i * h, *up = gate + h; T *row = out + i * h; \
+        if (gelu) for (int64_t j = 0; j < h; j++) { float g = wide_##S(gate[j]); \
+            float a = 0.5f * g * (1.0f + tangent(0.7978845608f * (g + 0.044715f * g * g * g))); row[j] = narrow_##S(wide_##S(narrow_##S(a)) * wide_##S(up[j])); } \
+        else for (int64_t j = 0; j < h; j++) { float g = wide_##S(gate[j]); \
+            float a = g / (1.0f + exponential(-g)); row[j] = narrow_##S(wide_##S(narrow_##S(a)) * wide_##S(up[j])); } } \
+}
+EACH_TYPE(GATED)
+
+/* One token a row. qkv [n, (H + 2 Hk) D]: queries and keys are normed (weights [(H + Hk), D], or NULL) and rotated (cos and
+   sin [n, D], sin negated in its first half, or NULL) in place; key and value join slot i of k, v [rows, Hk, size, D] at
+   length[i]; the row attends to its slot. out [n, H, D] and lse [n, H] in float, or narrow [n, H, D] where out is NULL. */
+#define DECODE(T, S) \
+void decode_##S(T *qkv, const float *weights, float epsilon, int late, const T *cosine, const T *sine, T *k, T *v, const int64_t *length, \
+        int64_t n, int64_t heads, int64_t kv_heads, int64_t d, int64_t size, float scale, int64_t window, float cap, float *out, float *lse, T *narrow) { \
+    int64_t groups = heads / kv_heads, all = heads + 2 * kv_heads, longest = 0; \
+    for (int64_t i = 0; i < n; i++) longest = length[i] + 1 > longest ? length[i] + 1 : longest; \
+    _Pragma("omp parallel") { \
+    float *score = malloc(sizeof(float) * (groups * (longest + 2 * d) + 2 * d)), *query = score + groups * longest, *sum = query + groups * d, *old = sum + groups * d; \
+    _Pragma("omp for schedule(static)") \
+    for (int64_t w = 0; w < n * kv_heads; w++) { \
+        int64_t i = w / kv_heads, c = w % kv_heads, end = length[i] + 1, low = window > 0 && end > window ? end - window : 0; \
+        T *row = qkv + i * all * d, *keys = k + (i * kv_heads + c) * size * d, *values = v + (i * kv_heads + c) * size * d; \
+        for (int64_t g = 0; g <= groups; g++) { /* the group's queries, then its key */ \
+            int64_t at = g < groups ? c * groups + g : heads + c; T *x = row + at * d; \
+            if (weights) norm_row_##S(x, weights + at * d, d, epsilon, late, x); \
+            if (cosine) { const T *cs = cosine + i * d, *sn = sine + i * d; int64_t half = d / 2; \
+                for (int64_t j = 0; j < d; j++) old[j] = wide_##S(x[j]); \
+                for (int64_t j = 0; j < half; j++) { \
+                    x[j] = narrow_##S(wide_##S(narrow_##S(old[j] * wide_##S(cs[j]))) + old[j + half] * wide_##S(sn[j])); \
+                    x[j + half] = narrow_##S(wide_##S(narrow_##S(old[j + half] * wide_##S(cs[j + half]))) + old[j] * wide_##S(sn[j + half])); } } \
+            if (g < groups) for (int64_t j = 0; j < d; j++) query[g * d + j] = wide_##S(x[j]) * scale; } \
+        memcpy(keys + length[i] * d, row + (heads + c) * d, d * sizeof(T)); \
+        memcpy(values + length[i] * d, row + (heads + kv_heads + c) * d, d * sizeof(T)); \
+        for (int64_t p = low; p < end; p++) { const T *key = keys + p * d; \
+            for (int64_t g = 0; g < groups; g++) { const float *q = query + g * d; float s = 0; \
+                for (int64_t j = 0; j < d; j++) s += q[j] * wide_##S(key[j]); \
+                score[g * longest + p] = cap > 0 ? cap * tangent(s / cap) : s; } } \
+        for (int64_t g = 0; g < groups; g++) { float *s = score + g * longest, m = -INFINITY, t = 0, *o = sum + g * d; \
+            for (int64_t p = low; p < end; p++) m = s[p] > m ? s[p] : m; \
+            for (int64_t p = low; p < end; p++) { s[p] = exponential(s[p] - m); t += s[p]; } \
+            for (int64_t j = 0; j < d; j++) o[j] = 0; \
+            for (int64_t p = low; p < end; p++) { const T *value = values + p * d; float x = s[p]; \
+                for (int64_t j = 0; j < d; j++) o[j] += x * wide_##S(value[j]); } \
+            int64_t at = i * heads + c * groups + g; float r = 1.0f / t; \
+            if (out) { lse[at] = m + logf(t); for (int64_t j = 0; j < d; j++) out[at * d + j] = o[j] * r; } \
+            else for (int64_t j = 0; j < d; j++) narrow[at * d + j] = narrow_##S(o[j] * r); } } \
+    free(score); } \
+}
+EACH_TYPE(DECODE)

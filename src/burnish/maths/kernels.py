@@ -1,0 +1,217 @@
+"""CPU kernels in C: built by the system's compiler when first needed (about two seconds, kept in the user's cache), checked
+against torch's own operations before they are trusted, and None where any of that fails.
+
+Why C and not `torch.compile`: a cold compile takes longer than many runs, and shapes here change every step
+(docs/decisions/0002). Why at all: decoding small rows and the head's pass over a vocabulary are bound by reading memory,
+and torch reads it once an operation.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+OFF = "BURNISH_NO_KERNELS"  # set: use torch's operations throughout
+FLAGS = (
+    *("-O3", "-march=native", "-shared", "-fPIC", "-fopenmp", "-std=gnu11"),
+    # what vector sums need of -ffast-math; the whole of it would switch denormal numbers off for the process
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+)
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "overwrite_exp": (_POINTER, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int, _POINTER, _POINTER),
+    "block_lse": (_POINTER, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _POINTER, _POINTER),
+    "add_norm": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, ctypes.c_int, _POINTER),
+    "gated": (_POINTER, _INT, _INT, ctypes.c_int, _POINTER),
+    "decode": (
+        *(_POINTER, _POINTER, _FLOAT, ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+        *(_INT, _INT, _INT, _INT, _INT, _FLOAT, _INT, _FLOAT, _POINTER, _POINTER, _POINTER),
+    ),
+}
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class Kernels:
+    """The library for one dtype. Tensors must be contiguous, on the CPU, and of that dtype unless said otherwise."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._run: dict[str, Any] = {}
+        for name, signature in _SIGNATURES.items():
+            function = getattr(library, f"{name}_{_SUFFIX[dtype]}")
+            function.argtypes, function.restype = signature, None
+            self._run[name] = function
+
+    def overwrite_exp(self, z: Tensor, scale: float, softcap: float | None, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
+        """z [n, v] becomes exp(y - top), y = softcap(scale z) / temperature, times dy/dz where that varies and `keep`;
+        -> top and mass [n, 1] in float32: the largest y and the sum of exp(y - top)."""
+        top = torch.empty(len(z), 1)
+        mass = torch.empty(len(z), 1)
+        self._run["overwrite_exp"](z.data_ptr(), *z.shape, scale, softcap or 0.0, temperature, keep, top.data_ptr(), mass.data_ptr())
+        return top, mass
+
+    def block_lse(self, z: Tensor, width: int, scale: float, softcap: float | None, temperature: float) -> tuple[Tensor, Tensor]:
+        """log sum exp of each `width` of y [n, v] (the last block short), y = softcap(scale z), and of y / temperature."""
+        blocks = -(-z.shape[1] // width)
+        own = torch.empty(len(z), blocks)
+        warm = own if temperature == 1.0 else torch.empty_like(own)
+        self._run["block_lse"](
+            z.data_ptr(), *z.shape, width, scale, softcap or 0.0, temperature, own.data_ptr(), None if warm is own else warm.data_ptr()
+        )
+        return own, warm
+
+    def add_norm(
+        self, x: Tensor, y: Tensor | None, after: Tensor | None, before: Tensor | None, epsilon: float, late: bool, out: Tensor | None
+    ) -> None:
+        """x [n, h] += y, or += norm(y) with weights `after` [h]; then out = norm(x) with weights `before`. Weights float32.
+
+        late: normalised rows are rounded before the weight is multiplied in."""
+        self._run["add_norm"](x.data_ptr(), _pointer(y), _pointer(after), _pointer(before), *x.shape, epsilon, late, _pointer(out))
+
+    def gated(self, both: Tensor, gelu: bool) -> Tensor:
+        """act(both[:, :h]) * both[:, h:], both [n, 2 h]; act is silu, or gelu in its tanh form."""
+        out = both.new_empty(len(both), both.shape[1] // 2)
+        self._run["gated"](both.data_ptr(), *out.shape, gelu, out.data_ptr())
+        return out
+
+    def decode(
+        self, qkv: Tensor, weights: Tensor | None, epsilon: float, late: bool, cos: Tensor | None, sin: Tensor | None,
+        keys: Tensor, values: Tensor, length: Tensor, heads: int, scale: float, window: int | None, softcap: float | None, merged: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Attention of n rows, one token each, to their own slots, which the token joins.
+
+        qkv [n, (H + 2 Hk) D], normed (weights [(H + Hk), D] float32 or None) and rotated (cos, sin [n, D]; sin negative in
+        its first half; or None) in place. keys, values [R, Hk, S, D]; length [n] int64, the keys each slot holds before.
+        -> out [n, H, D] and, where `merged`, in float32 with lse [n, H], to be merged with blocks of other keys."""
+        kv_heads, size, width = keys.shape[1:]
+        n = len(qkv)
+        out = torch.empty(n, heads, width, dtype=torch.float32 if merged else qkv.dtype)
+        lse = torch.empty(n, heads) if merged else None
+        self._run["decode"](
+            qkv.data_ptr(), _pointer(weights), epsilon, late, _pointer(cos), _pointer(sin), keys.data_ptr(), values.data_ptr(),
+            length.data_ptr(), n, heads, kv_heads, width, size, scale, window or 0, softcap or 0.0,
+            out.data_ptr() if merged else None, _pointer(lse), None if merged else out.data_ptr(),
+        )  # fmt: skip
+        return out, lse
+
+
+# ---- building ---------------------------------------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "burnish" / "kernels"
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as lines:
+            return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return sys.platform
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """(the loaded library or None, why). Built for this processor and this source, once a user."""
+    if os.environ.get(OFF):
+        return None, f"{OFF} is set"
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None, "no C compiler (cc, gcc or clang) on the path"
+    # one OpenMP runtime a process: the one torch brought
+    runtime = sorted(Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*"))
+    name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), repr((compiler, FLAGS, [p.name for p in runtime])).encode(), _cpu().encode()])).hexdigest()[:24]
+    for folder in (_cache(), Path(tempfile.gettempdir()) / f"burnish-{os.getuid() if hasattr(os, 'getuid') else 0}"):
+        target = folder / f"{name}.so"
+        try:
+            if not target.exists():
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                unfinished = folder / f".{name}.{os.getpid()}.so"
+                line = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(unfinished), *map(str, runtime[:1]), "-lm"]
+                done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+                if done.returncode:
+                    return None, f"{compiler} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
+                os.replace(unfinished, target)
+            if target.stat().st_uid not in (0, os.getuid()):
+                continue  # somebody else's file is not loaded
+            return ctypes.CDLL(str(target)), f"built by {compiler}"
+        except (OSError, subprocess.SubprocessError) as error:
+            why = str(error)
+    return None, f"cannot build or load it: {why}"  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+@cache
+def kernels_for(dtype: torch.dtype, device: str = "cpu") -> Kernels | None:
+    """The kernels for this dtype, where they exist and agree with torch on a small problem."""
+    if device != "cpu" or dtype not in _SUFFIX:
+        return None
+    found, _ = library()
+    if found is None:
+        return None
+    try:
+        kernels = Kernels(found, dtype)
+        return kernels if all(_agrees(kernels, dtype)) else None
+    except (AttributeError, OSError):
+        return None
+
+
+def _agrees(kernels: Kernels, dtype: torch.dtype) -> list[bool]:
+    """Each kernel against torch on a small problem, in this dtype's rounding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return bool(((a.float() - b.float()).abs() <= 16 * torch.finfo(dtype).eps * (1 + b.float().abs())).all())
+
+    agree: list[bool] = []
+    z = 4 * random(5, 70)
+    for cap in (None, 3.0):
+        y: Callable[[Tensor], Tensor] = lambda x, c=cap: (0.5 * x if c is None else c * torch.tanh(0.5 * x / c)) / 0.7  # noqa: E731
+        mine = z.clone()
+        top, mass = kernels.overwrite_exp(mine, 0.5, cap, 0.7, False)
+        want = y(z.float())
+        agree += [close(top, want.amax(1, True)), close(mass, (want - top).exp().sum(1, True)), close(mine, (want - top).exp())]
+        own, warm = kernels.block_lse(z, 16, 0.5, cap, 0.7)
+        agree += [close(b, F.pad(x, (0, 10), value=-torch.inf).unflatten(1, (5, 16)).logsumexp(-1)) for b, x in ((own, 0.7 * want), (warm, want))]
+    x, more, w = random(6, 24), random(6, 24), torch.rand(24, generator=generator) + 0.5
+    mine, out = x.clone(), torch.empty_like(x)
+    kernels.add_norm(mine, more, w, w, 1e-6, False, out)
+    total = (x.float() + F.rms_norm(more.float(), (24,), w, 1e-6).to(dtype).float()).to(dtype)
+    agree += [close(mine, total), close(out, F.rms_norm(total.float(), (24,), w, 1e-6))]
+    both = 3 * random(6, 48)
+    gate, up = both.float().chunk(2, -1)
+    agree += [close(kernels.gated(both, False), F.silu(gate) * up), close(kernels.gated(both, True), F.gelu(gate, approximate="tanh") * up)]
+    qkv, keys, values = random(3, 8 * 16), random(4, 2, 9, 16), random(4, 2, 9, 16)
+    length = torch.tensor([0, 4, 8])
+    q, k, v = qkv.clone().view(3, 8, 16).split([4, 2, 2], 1)
+    got, lse = kernels.decode(qkv.clone(), None, 1e-6, False, None, None, keys, values, length, 4, 0.3, 5, None, True)
+    for i, end in enumerate(length.tolist()):
+        agree += [close(keys[i, :, end], k[i]), close(values[i, :, end], v[i])]
+        path = slice(max(0, end - 4), end + 1)
+        s = 0.3 * torch.einsum("hgd,hsd->hgs", q[i].float().view(2, 2, 16), keys[i, :, path].float())
+        agree += [close(got[i], torch.einsum("hgs,hsd->hgd", s.softmax(-1), values[i, :, path].float()).flatten(0, 1))]
+        agree += [lse is not None and close(lse[i], s.logsumexp(-1).flatten())]
+    return agree
