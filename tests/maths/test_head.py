@@ -22,6 +22,7 @@ from burnish.maths.head import (
     recomputed_rows,
     row_limit,
 )
+from burnish.maths.kernels import kernels_for
 from burnish.maths.logprobs import label_logprobs, nll, seq_logprob, weighted_nll
 
 V, H = 101, 8
@@ -306,6 +307,7 @@ class Sizes(TorchDispatchMode):
 def test_logits_never_exceed_a_chunk(kind: str, dtype: torch.dtype) -> None:
     case = Case(dtype=dtype)
     assert len(case.label) > 40
+    kernels_for(dtype)  # checks itself once
     with Sizes() as sizes:
         loss, _ = case.fused(kind, rows=9)
         loss.backward()
@@ -323,6 +325,27 @@ def test_backward_of_an_unscaled_loss_copies_no_weight_gradient() -> None:
     assert [name for name, shape, _ in sizes.made if shape == (V, H)] == [
         "aten.detach.default"
     ]  # a view: .grad is our buffer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [None, 9])
+def test_a_sink_takes_the_weights_gradient_times_the_incoming_one(dtype: torch.dtype, rows: int | None) -> None:
+    plain, sunk = Case(dtype=dtype), Case(dtype=dtype)
+    kernels_for(dtype)
+    loss, _ = plain.fused("group", rows=rows)
+    (3 * loss).backward()
+    sink = torch.ones(V, H)
+    with Sizes() as sizes:
+        other, _ = sunk.fused("group", rows=rows, sink=sink)
+        assert bool((sink == 1).all())  # nothing is written before the backward
+        (3 * other).backward()
+    assert torch.equal(loss, other) and sunk.weight.grad is None
+    assert plain.weight.grad is not None and plain.hidden.grad is not None and sunk.hidden.grad is not None
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert float((sink - 1 - plain.weight.grad).norm() / plain.weight.grad.float().norm()) < tolerance
+    assert torch.equal(plain.hidden.grad, sunk.hidden.grad)
+    if rows is None and dtype == torch.float32:  # one chunk: no gradient of the weight is ever formed outside the sink
+        assert not [shape for name, shape, _ in sizes.made if shape == (V, H) and name.startswith(("aten.mm", "aten.empty", "aten.new_empty"))]
 
 
 def test_one_chunk_of_narrow_logits_needs_no_wide_weight_gradient() -> None:

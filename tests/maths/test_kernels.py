@@ -90,4 +90,4 @@ def test_without_a_compiler_or_by_choice_torch_does_the_work(tmp_path: object) -
 
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernels, "gated", lambda self, both, gelu: both[:, : both.shape[1] // 2] * 1.1)
-    assert kernels_for.__wrapped__(torch.float32) is None
+    assert kernels._checked.__wrapped__(torch.float32) is None

@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from burnish.forest.pack import Batch
+from burnish.forest.stream import Tree
+from burnish.maths.logprobs import weighted_nll
 from burnish.models.policy import Policy
 from burnish.train.optim import Optimiser
 from tests.folders import model_folder
+from tests.forest.tiny import tiny as tiny_model
 
 
 def tiny(tmp_path: Path, dtype: torch.dtype) -> Policy:
@@ -87,3 +92,29 @@ def test_state_round_trips_bit_for_bit(tmp_path: Path) -> None:
     whole, resumed = run(6, None), run(6, 3)
     assert whole.keys() == resumed.keys() and len(whole) > 10
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])  # gemma3 scales what it embeds
+def test_lent_buffers_hold_the_gradients_that_autograd_would_return(name: str, tied: bool, dtype: torch.dtype) -> None:
+    rows = [Tree.row(ids, [i > 2 for i in range(len(ids))]) for ids in ((5, 9, 5, 6, 7, 5), (0, 4, 4, 8), (9, 9, 8, 7, 6, 5, 4))]
+    found: list[dict[str, torch.Tensor]] = []
+    for lend in (True, False):
+        policy = Policy(tiny_model(name, dtype=dtype, tie_word_embeddings=tied), None)
+        optimiser = Optimiser(policy, learning_rate=1e-3)
+        if not lend:
+            policy.sinks = {}
+            policy.base.get_input_embeddings().sparse = False
+        optimiser.zero()
+        batch = Batch(rows)
+        for micro in batch.split(8):
+            policy(micro, weighted_nll(torch.full((len(micro.items),), 0.1))).loss.backward()
+        found.append({n: m.grad.clone() for n, m in optimiser.masters.items()})  # type: ignore[union-attr]
+        optimiser.close()
+        assert not policy.sinks and not policy.base.get_input_embeddings().sparse
+    lent, plain = found
+    assert lent.keys() == plain.keys()
+    for n, grad in plain.items():
+        assert float(grad.norm()) > 0
+        assert float((lent[n] - grad).norm() / grad.norm()) < (1e-6 if dtype == torch.float32 else 2e-2), n

@@ -94,6 +94,7 @@ def head_loss(
     bias: Float[Tensor, "v"] | None = None,
     logit_map: LogitMap = IDENTITY,
     rows: int | None = None,
+    sink: Float[Tensor, "v h"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "m"]]:
     """The objective over the labels' log-probs, with a graph to hidden, weight and bias, and those log-probs, detached.
 
@@ -101,7 +102,9 @@ def head_loss(
     objective couples: entries of one id reach one call of it (None: tokens stand alone), as do entries that share a
     row. A chunk is at most `rows` rows (None: 256 MiB of logits); where more is coupled, its logits are made twice.
     Gradients are formed here, in fp32 over chunks, and *returned* from backward times the incoming gradient: never
-    written to `.grad`, so tied weights, loss scales, accumulation and data-parallel hooks hold.
+    written to `.grad`, so tied weights, loss scales, accumulation and data-parallel hooks hold. With a `sink`, an fp32
+    buffer that sums the weight's gradient over micro-batches in one process, the backward adds to it and returns no
+    gradient of the weight: a vocabulary times hidden tensor less, or two where the weight is also the embedding.
     Raises ConfigError when shapes, dtypes, the order of `couple` or the objective's result do not fit.
     """
     _check(hidden, weight, label, index, couple, bias)
@@ -111,9 +114,11 @@ def head_loss(
     limit = row_limit(len(label), weight, rows, weight_trained=wanted[1])
     order, chunks = chunks_of(len(label), index, couple, limit)
     with torch.no_grad():
-        formed = _Pass(hidden, weight, bias, label, logit_map, limit).run(objective, index, order, chunks, wanted)
-    loss, logprobs, gradients = formed
-    return (cast(Any, _Formed).apply(loss, gradients, *inputs) if any(wanted) else loss), logprobs
+        one_pass = _Pass(hidden, weight, bias, label, logit_map, limit, defer=sink is not None)
+        loss, logprobs, gradients = one_pass.run(objective, index, order, chunks, wanted)
+    if not any(wanted):
+        return loss, logprobs
+    return cast(Any, _Formed).apply(loss, gradients, one_pass.deferred, sink if wanted[1] else None, *inputs), logprobs
 
 
 @torch.no_grad()
@@ -296,6 +301,8 @@ class _Pass:
     label: Tensor
     logit_map: LogitMap
     limit: int
+    defer: bool = False
+    deferred: tuple[Tensor, Tensor] | None = None  # the two factors of the weight's gradient, left to the backward
 
     def __post_init__(self) -> None:
         rows, vocabulary = min(self.limit, len(self.label)), len(self.weight)
@@ -325,7 +332,8 @@ class _Pass:
         fresh, loss = True, torch.zeros((), dtype=self.wide, device=self.hidden.device)
         d_hidden = torch.zeros_like(self.hidden) if wanted[0] else None
         dtype = self.weight.dtype if single else self.wide  # a single product needs no wider sum
-        d_weight = self.weight.new_empty(self.weight.shape, dtype=dtype) if wanted[1] else None
+        late = self.defer and single
+        d_weight = self.weight.new_empty(self.weight.shape, dtype=dtype) if wanted[1] and not late else None
         d_bias = loss.new_zeros(len(self.weight)) if wanted[2] else None
         logprobs = loss.new_empty(len(self.label) if index is None else len(index))
         for rows, entries in chunks:
@@ -348,13 +356,15 @@ class _Pass:
                     d_hidden[part] = torch.mm(z, self.weight) * factor[:, None]
                 if d_weight is not None:
                     self.add_product(d_weight, z, (self.hidden[part] * factor[:, None]).to(z.dtype), fresh)
+                elif wanted[1]:
+                    self.deferred = z, (self.hidden[part] * factor[:, None]).to(z.dtype)
                 if d_bias is not None:
                     d_bias += torch.mv(z.t(), factor.to(z.dtype))
                 fresh = False
         if d_hidden is not None and order is not None:
             d_hidden = torch.empty_like(d_hidden).index_copy_(0, order, d_hidden)
         if d_weight is not None:
-            d_weight = d_weight.zero_() if fresh else d_weight.to(self.weight.dtype)
+            d_weight = d_weight.zero_() if fresh else d_weight if self.defer else d_weight.to(self.weight.dtype)
         return loss, logprobs, (d_hidden, d_weight, None if d_bias is None else d_bias.to(self.weight.dtype))
 
     def score(self, rows: slice, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,27 +407,36 @@ class _Pass:
         return top, mass
 
     def add_product(self, total: Tensor, z: Tensor, hidden: Tensor, fresh: bool) -> None:
-        """total [v, h] += z^T hidden, or = where `fresh`."""
-        if total.dtype == z.dtype:
-            if fresh:
-                torch.mm(z.t(), hidden, out=total)
-            else:
-                torch.addmm(total, z.t(), hidden, out=total)  # addmm_ is unseen by torch's FLOP counter
-            return
-        lines = max(1, self.tile // max(1, hidden.shape[1]))
-        product = z.new_empty(min(lines, len(total)), hidden.shape[1])
-        for start in range(0, len(total), lines):  # by tiles: a narrow product is added while it is still in cache
-            block = total[start : start + lines]
-            torch.mm(z[:, start : start + lines].t(), hidden, out=product[: len(block)])
-            (block.copy_ if fresh else block.add_)(product[: len(block)])
+        add_product(total, z, hidden, fresh, self.tile)
+
+
+def add_product(total: Tensor, z: Tensor, hidden: Tensor, fresh: bool, tile: int) -> None:
+    """total [v, h] += z^T hidden, or = where `fresh`."""
+    if total.dtype == z.dtype:
+        if fresh:
+            torch.mm(z.t(), hidden, out=total)
+        else:
+            torch.addmm(total, z.t(), hidden, out=total)  # addmm_ is unseen by torch's FLOP counter
+        return
+    lines = max(1, tile // max(1, hidden.shape[1]))
+    product = z.new_empty(min(lines, len(total)), hidden.shape[1])
+    for start in range(0, len(total), lines):  # by tiles: a narrow product is added while it is still in cache
+        block = total[start : start + lines]
+        torch.mm(z[:, start : start + lines].t(), hidden, out=product[: len(block)])
+        (block.copy_ if fresh else block.add_)(product[: len(block)])
 
 
 class _Formed(torch.autograd.Function):
-    """A loss whose gradients already exist: backward returns them times the incoming gradient."""
+    """A loss whose gradients already exist: backward returns them times the incoming gradient.
+
+    With a sink, the weight's gradient is added there instead: formed already, or from its two factors, now.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        loss, gradients = args[0], args[1]
+        loss, gradients, deferred, sink = args[:4]
+        ctx.to_sink = sink, deferred, gradients[1] if sink is not None else None
+        gradients = gradients if sink is None else (gradients[0], None, gradients[2])
         ctx.save_for_backward(*gradients)
         ctx.lent = False
         return loss.clone()
@@ -427,12 +446,19 @@ class _Formed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         g: Tensor = grad_outputs[0]
         gradients: tuple[Tensor | None, ...] = ctx.saved_tensors
+        sink, deferred, formed = ctx.to_sink
+        if deferred is not None:
+            z, hidden = deferred
+            add_product(sink, z, hidden * g.to(hidden.dtype), False, _TILE.get(z.device.type, _TILE_ELSEWHERE))
+        elif formed is not None:
+            sink.add_(formed if g.item() == 1.0 else formed * g)
+        nothing = (None,) * 4
         # The common factor 1 hands the buffers over, so that autograd keeps them as `.grad` without a copy; once only,
         # because a retained graph may come back for them (and torch itself objects if they were changed in between).
         if not ctx.lent and g.device.type == "cpu" and g.item() == 1.0:
             ctx.lent = True
-            return (None, None, *gradients)
-        return (None, None, *(None if x is None else x * g for x in gradients))
+            return (*nothing, *gradients)
+        return (*nothing, *(None if x is None else x * g for x in gradients))
 
 
 def _differentiate(objective: Objective, logprobs: Tensor, entries: slice, grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -161,11 +161,13 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return None, f"cannot build or load it: {why}"  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-@cache
 def kernels_for(dtype: torch.dtype, device: str = "cpu") -> Kernels | None:
     """The kernels for this dtype, where they exist and agree with torch on a small problem."""
-    if device != "cpu" or dtype not in _SUFFIX:
-        return None
+    return _checked(dtype) if device == "cpu" and dtype in _SUFFIX else None
+
+
+@cache
+def _checked(dtype: torch.dtype) -> Kernels | None:
     found, _ = library()
     if found is None:
         return None

@@ -54,6 +54,8 @@ class Policy(nn.Module):
         self.source = source
         self.version = 0
         self.decisions: dict[str, dict[str, Any]] = {}
+        # parameter -> fp32 buffer that sums its gradient, while one process's optimiser holds them (train/optim.py)
+        self.sinks: dict[nn.Parameter, Tensor] = {}
         base = cast(Any, model.get_base_model() if hasattr(model, "peft_config") else model)  # type: ignore[operator]
         body = base.get_decoder()
         self._body = [base.model if body is base else body]  # in a list: already registered as part of `model`
@@ -138,7 +140,8 @@ class Policy(nn.Module):
         weight = self.head_weight()
         loss, logprobs = head_loss(
             hidden[view.source.to(hidden.device)], weight, view.label.to(hidden.device), objective,
-            index=view.index.to(hidden.device), couple=couple, bias=self.head_bias(), logit_map=self.logit_map, **options,
+            index=view.index.to(hidden.device), couple=couple, bias=self.head_bias(), logit_map=self.logit_map,
+            sink=self.sinks.get(weight) if isinstance(weight, nn.Parameter) else None, **options,
         )  # fmt: skip
         tokens, head_rows = len(micro.stream.tokens), len(view.label)
         grads, head_trained = loss.requires_grad, weight.requires_grad

@@ -37,6 +37,7 @@ class Optimiser:
             raise ConfigError("nothing to train: no parameter requires a gradient", where="train")
         self.masters: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
+        self._sparse: list[torch.nn.Embedding] = []
         for name, parameter in self.working.items():
             if parameter.dtype in (torch.float32, torch.float64):
                 master: Tensor = parameter
@@ -46,6 +47,7 @@ class Optimiser:
                 master.grad = torch.zeros_like(master)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_into(master)))
             self.masters[name] = master
+        self._share()
         matrices = [m for m in self.masters.values() if m.ndim >= 2]
         vectors = [m for m in self.masters.values() if m.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -53,14 +55,24 @@ class Optimiser:
             [g for g in groups if g["params"]], lr=learning_rate, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, fused=True
         )
 
+    def _share(self) -> None:
+        """Lend the gradient buffers of embedding and head to the policy, whose gradients are as large as the vocabulary.
+
+        The head adds its own to the buffer, and the embedding's comes as the rows that were read: without this a step
+        holds two or three more tensors of vocabulary times hidden.
+        """
+        self.policy.sinks = {p: _gradient(self.masters[name]) for name, p in self.working.items() if p.ndim == 2}
+        embedding = self.policy.base.get_input_embeddings()
+        plain = isinstance(embedding, torch.nn.Embedding) and embedding.max_norm is None and not embedding.scale_grad_by_freq
+        if plain and embedding.weight in self.policy.sinks and not embedding.sparse:
+            embedding.sparse = True
+            self._sparse.append(embedding)
+
     def zero(self) -> None:
         """Clear gradients in place: a fresh buffer costs more in page faults than the zeroing itself."""
         with torch.no_grad():
             for master in self.masters.values():
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
-                else:
-                    master.grad.zero_()
+                _gradient(master).zero_()
 
     def gradient_norm(self) -> Tensor:
         """The global 2-norm over all masters' gradients."""
@@ -70,8 +82,8 @@ class Optimiser:
     def step(self, rate: float, norm: Tensor) -> None:
         """Clip by the given norm, step at learning rate `rate`, refresh the working copies, bump the version."""
         if self.clip_norm is not None:
-            scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([m.grad for m in self.masters.values()], scale)  # type: ignore[arg-type]
+            # the fused step divides by it as it reads the gradients: no pass over them of its own
+            self.optim.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
         for group in self.optim.param_groups:
             group["lr"] = rate
         self.optim.step()
@@ -111,14 +123,27 @@ class Optimiser:
         """Take the hooks off the policy and release gradients."""
         for hook in self._hooks:
             hook.remove()
+        self.policy.sinks = {}
+        for embedding in self._sparse:
+            embedding.sparse = False
         for parameter in self.working.values():
             parameter.grad = None
 
 
 def _into(master: Tensor) -> Any:
     def hook(parameter: Tensor) -> None:
-        assert master.grad is not None and parameter.grad is not None
-        master.grad.add_(parameter.grad)
+        grad = parameter.grad
+        if grad is None:  # all of it went to the buffer already
+            return
+        if grad.is_sparse:
+            _gradient(master).index_add_(0, grad._indices()[0], grad._values().float())
+        else:
+            _gradient(master).add_(grad)
         parameter.grad = None
 
     return hook
+
+
+def _gradient(master: Tensor) -> Tensor:
+    assert master.grad is not None
+    return master.grad

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ def draw(
     cuts = torch.searchsorted(rows, torch.arange(0, len(head) + step, step, device=rows.device)).tolist()
     parts = [
         _draw(logit_map.overwrite(head[i * step : (i + 1) * step].float()), sampling, key[a:b], position[a:b], rows[a:b] - i * step)
-        for i, (a, b) in enumerate(zip(cuts, cuts[1:]))
+        for i, (a, b) in enumerate(pairwise(cuts))
         if b > a
     ]
     return torch.cat([t for t, _ in parts]), torch.cat([x for _, x in parts])
