@@ -66,6 +66,8 @@ class Child:
             clock.cancel()
         answer: Answer = json.loads(line) if line else {"error": f"it ended, or took more than {limit_s:.0f} s"}
         if "error" in answer:
+            with suppress(subprocess.TimeoutExpired):  # so that its last words are in the log
+                self.process.wait(10)
             tail = self.log.read_text(encoding="utf-8", errors="replace").strip()[-600:]
             raise ChildError(f"{self.name}, {do}: {answer['error']}" + (f"\n{tail}" if tail else ""))
         if do != "stop":

@@ -192,7 +192,7 @@ def first_light(folder: Path, model: Path | None, wanted: list[str]) -> None:
 
 def main() -> int:
     which, wanted = sys.argv[1:2], sys.argv[2:]
-    model = Path(os.environ["MODEL"]) if os.environ.get("MODEL") else None
+    model = Path(os.environ["MODEL"]).resolve() if os.environ.get("MODEL") else None
     with tempfile.TemporaryDirectory() as name:
         if which == ["01"]:
             first_light(Path(name), model, wanted)
