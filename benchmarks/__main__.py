@@ -73,6 +73,16 @@ def summary(case: Case) -> str:
     return f"{case['case']}: {', '.join(said) or 'not measured'}"
 
 
+def command(asked: argparse.Namespace, model: Path) -> str:
+    """What to type to measure this again."""
+    words = ["python -m benchmarks", *asked.ids]
+    if model.resolve() != MODEL.resolve():
+        words.append(f"--model {model.relative_to(ROOT) if model.is_relative_to(ROOT) else model.name}")
+    if asked.threads != os.cpu_count():
+        words.append(f"--threads {asked.threads}")
+    return " ".join([*words, *(f"--{name}" for name in ("quick", "smoke") if getattr(asked, name))])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", nargs="*", metavar="IDS", help=f"of {' '.join(BENCHES)}, or report; default: all")
@@ -102,9 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             threads=asked.threads, smoke=asked.smoke, say=lambda text: print(text, flush=True), small_vocabulary=small,
         )  # fmt: skip
         session.best_gflops = max(session.gauge() for _ in range(3))
-        words = " ".join(sys.argv[1:] if argv is None else argv)
         stamp = {
-            "date": time.strftime("%Y-%m-%d"), "command": f"python -m benchmarks {words}".strip(), "model": model.name,
+            "date": time.strftime("%Y-%m-%d"), "command": command(asked, model), "model": model.name,
             "quick": asked.quick, "environment": facts(asked.threads), "calibration": session.calibration.to_json(),
         }  # fmt: skip
         session.say(f"fixed product {session.best_gflops:.0f} GFLOP/s; best {session.calibration.to_json()}")

@@ -37,7 +37,11 @@ class ChildError(RuntimeError):
 
 
 class NotMeasured(RuntimeError):
-    """What is needed is not here; the text says how to get it."""
+    """What is needed is not here, and how to get it; or every block was discarded, and how many."""
+
+    def __init__(self, why: str, discarded: int = 0) -> None:
+        super().__init__(why)
+        self.discarded = discarded
 
 
 class Child:
@@ -147,7 +151,7 @@ def compare(measured: Measured, ours: str, theirs: str, work: str) -> Case:
     Raises NotMeasured where no block was steady.
     """
     if not measured.kept:
-        raise NotMeasured(f"no steady block: all {measured.discarded} were discarded")
+        raise NotMeasured(f"no steady block: all {measured.discarded} were discarded", measured.discarded)
     rates = {s: [b.answers[s][work] / b.answers[s]["seconds"] for b in measured.kept] for s in (ours, theirs)}
     ratios = [a / b for a, b in zip(rates[ours], rates[theirs])]
     return {
@@ -302,4 +306,6 @@ def forgiven(case: Case, say: Callable[[str], None]) -> Iterator[None]:
         yield
     except (NotMeasured, ChildError) as error:
         case["not_measured"] = str(error)
+        if getattr(error, "discarded", 0):
+            case["discarded"] = error.discarded  # type: ignore[union-attr]
         say(f"    {case['case']}: not measured: {error}")

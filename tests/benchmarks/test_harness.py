@@ -146,6 +146,10 @@ def test_a_better_product_later_condemns_earlier_blocks_and_repeats_are_bounded(
     assert never.kept == [] and never.discarded == 6 and len(calls) == 12
     with pytest.raises(NotMeasured, match="all 6 were discarded"):
         compare(never, "ours", "theirs", "tokens")
+    found_out: dict[str, Any] = {"case": "c"}
+    with forgiven(found_out, lambda text: None):
+        compare(never, "ours", "theirs", "tokens")
+    assert found_out["discarded"] == 6
 
 
 def measured(pairs: list[tuple[float, float]]) -> Measured:

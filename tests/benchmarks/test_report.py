@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import run, shapes, summary
+from benchmarks.__main__ import MODEL, command, run, shapes, summary
 from benchmarks.harness import Case, Session, agree
-from benchmarks.machine import Calibration
+from benchmarks.machine import ROOT, Calibration
 from benchmarks.sft import BEST, DEFAULTS
 from benchmarks.suite import BENCHES
 
@@ -71,6 +73,14 @@ def test_an_empty_store_says_what_to_run(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_what_the_stored_results_make() -> None:
     assert report.PAGE.read_text(encoding="utf-8") == report.page(report.newest())
+
+
+def test_the_command_is_one_that_can_be_typed_again() -> None:
+    asked = argparse.Namespace(ids=["B1", "B9"], threads=os.cpu_count(), quick=True, smoke=False)
+    assert command(asked, MODEL) == "python -m benchmarks B1 B9 --quick"
+    asked = argparse.Namespace(ids=[], threads=64_000, quick=False, smoke=False)
+    assert command(asked, ROOT / "models/other") == "python -m benchmarks --model models/other --threads 64000"
+    assert command(asked, Path("/somewhere/else")).startswith("python -m benchmarks --model else ")
 
 
 def test_an_id_that_fails_keeps_what_it_measured(tmp_path: Path) -> None:
