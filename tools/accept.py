@@ -1,6 +1,7 @@
 """`make accept-NN`: one line per acceptance criterion with its measured value; exits 1 when one is missed.
 
     make accept-01 [MODEL=/path/to/gemma-270m]
+    make accept-02 [MODEL=/path/to/gemma-270m]
 
 Criteria that need a real model folder or the peers' environment say so where they are absent, and count as not measured.
 """
@@ -130,34 +131,80 @@ def words(n: int) -> list[str]:
     return ["".join("abcdefgh"[(i * 7 + j * 3 + i // 8) % 8] for j in range(3 + i % 4)) for i in range(n)]
 
 
+def bench(model: Path, out: Path, *ids: str) -> list[dict[str, Any]]:
+    """The benchmark suite as a user runs it, its progress shown; -> its results. An id that failed is among them."""
+    subprocess.run([BIN / "python", "-m", "benchmarks", *ids, "--model", str(model), "--json", str(out)], cwd=ROOT, check=False)
+    return json.loads(out.read_text()) if out.exists() else []
+
+
 def speed(folder: Path, model: Path) -> None:
-    out = folder / "sft.json"
-    subprocess.run([BIN / "python", ROOT / "benchmarks/sft.py", "--model", str(model), "--json", str(out)], check=True)
-    for r in json.loads(out.read_text())["results"]:
-        line(f"SFT {r['mode']} against TRL ({r['setting']})", r["ratio"] >= 2, f"{r['ratio']}x (floor 2), {r['blocks']} blocks, {r['discarded']} discarded, seconds {r['seconds']}")
+    """First light: twice the speed of TRL at its best, on the model."""
+    results = bench(model, folder / "sft.json", "B1", "B2")
+    for c in [c for r in results for c in r["cases"] if not c["small_vocabulary"] and c["peer"].endswith("its best")]:
+        name = f"SFT {c['name']} against {c['peer']}"
+        if "ratio" in c:
+            same = all(check["ok"] for check in c["checks"])
+            line(name, c["ratio"] >= 2 and same, f"{c['ratio']:.2f}x (floor 2), {c['blocks']} blocks, {c['discarded']} discarded, results {'agree' if same else 'DIFFER'}")
+        else:
+            line(name, None, c["not_measured"])
+    if not results:
+        line("SFT against TRL", False, "the suite wrote no result")
+
+
+def full_speed(folder: Path, model: Path, ids: list[str]) -> None:
+    """Full speed: every target and floor of the suite, one line each."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.report import criteria
+    from benchmarks.suite import BENCHES, GPU
+
+    results = {r["id"]: r for r in bench(model, folder / "suite.json", *ids)}
+    for name in ids or BENCHES:
+        if name not in results:
+            line(name, False, "the suite wrote no result")
+            continue
+        if results[name]["error"]:
+            line(f"{name} ran to its end", False, results[name]["error"])
+        for c in criteria(results[name]):
+            line(f"{c.id} {c.name}", c.met, f"{c.measured} (wanted {c.wanted})")
+    for name, what in GPU.items():
+        line(f"{name} {what}", None, "benchmarks/gpu.sh, on a machine with a GPU")
+
+
+def finish() -> int:
+    print(f"{len(MISSED)} missed" + (f": {', '.join(MISSED)}" if MISSED else ""))
+    return 1 if MISSED else 0
+
+
+def first_light(folder: Path, model: Path | None, wanted: list[str]) -> None:
+    todo: dict[str, Any] = {"quickstart": lambda: quickstart(folder), "suite": lambda: suite(folder)}
+    for what in wanted or ["quickstart", "suite", "own_data", "speed"]:
+        if what in todo:
+            todo[what]()
+        elif model is None:
+            line(what, None, "set MODEL to a folder (tools/gemma_folder.py makes one)")
+        elif what == "own_data":
+            own_data(folder, model)
+        elif not (ROOT / ".venv-peers").exists():
+            line(what, None, "needs make peers")
+        else:
+            speed(folder, model)
 
 
 def main() -> int:
-    if sys.argv[1:2] != ["01"]:
-        raise SystemExit("usage: tools/accept.py 01 [quickstart suite own_data speed]")
-    wanted = sys.argv[2:] or ["quickstart", "suite", "own_data", "speed"]
-    model = Path(os.environ["MODEL"]) if os.environ.get("MODEL") else None
+    which, wanted = sys.argv[1:2], sys.argv[2:]
+    model = Path(os.environ["MODEL"]).resolve() if os.environ.get("MODEL") else None
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        todo: dict[str, Any] = {"quickstart": lambda: quickstart(folder), "suite": lambda: suite(folder)}
-        for what in wanted:
-            if what in todo:
-                todo[what]()
-            elif model is None:
-                line(what, None, "set MODEL to a folder (tools/gemma_folder.py makes one)")
-            elif what == "own_data":
-                own_data(folder, model)
-            elif not (ROOT / ".venv-peers").exists():
-                line(what, None, "needs make peers")
+        if which == ["01"]:
+            first_light(Path(name), model, wanted)
+        elif which == ["02"]:
+            model = model or ROOT / "models/gemma-270m"
+            if model.exists():
+                full_speed(Path(name), model, wanted)
             else:
-                speed(folder, model)
-    print(f"{len(MISSED)} missed" + (f": {', '.join(MISSED)}" if MISSED else ""))
-    return 1 if MISSED else 0
+                line("the suite", None, f"no model at {model}: set MODEL to a folder (tools/gemma_folder.py makes one)")
+        else:
+            raise SystemExit("usage: tools/accept.py 01 [quickstart suite own_data speed] | 02 [bench ids]")
+    return finish()
 
 
 if __name__ == "__main__":

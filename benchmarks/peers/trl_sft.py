@@ -1,21 +1,17 @@
-"""TRL's SFTTrainer as a child process that trains one step when told to. Run it with the peers' Python.
-
-One JSON object a line on standard input, one answer a line on standard output (everything else goes to standard error):
+"""TRL's SFTTrainer, one step at a time. The protocol is benchmarks/protocol.py's, with these orders:
 
     {"do": "prepare", "model": FOLDER, "rows": JSONL, "mode": "full" | "lora", "setting": "default" | "best" | "masters",
-     "batch_rows": 8}
-        also, if wanted: "order": "sequential" (else the setting's own), "threads": 2, "seed": 42, "max_steps": 10000
-        -> {"ready": true, "seconds": S, "import_seconds": S, "peak_bytes": B, "parameters": N, "trained": N, "arguments": {...}}
-    {"do": "step", "n": 1}
-        -> {"seconds": S, "loss": L, "losses": [L], "grad_norm": G, "learning_rate": R, "loss_tokens": N, "tokens": N,
-            "positions": N, "rows": [[i, ...]], "steps": total so far, "peak_bytes": B}
-    {"do": "stop"}
-        -> {"stopped": true, "steps": N, "peak_bytes": B}
+     "batch_rows": 8, "threads": 2}
+        also, if wanted: "order": "sequential" (else the setting's own), "packing": 512 (tokens of a packed row), "seed": 42,
+        "max_steps": 10000
+    {"do": "step"}                  the next batch of TRL's own loader
+    {"do": "step", "given": [rows]} these rows in its place, through TRL's own collator
+        -> {"seconds": S, "loss": L, "grad_norm": G, "learning_rate": R, "loss_tokens": N, "tokens": N, "positions": N,
+            "rows": [i, ...], "steps": total so far, "peak_step_bytes": B}
 
-Rows are `{"input_ids": [...], "completion_mask": [...]}`. `loss` is that of the last of the n steps: the mean over its loss
-tokens, before its update. `tokens` are real ones, `positions` also padding; `rows` are the line numbers (from 0) of each
-step's rows, so that another system can train on the same. `peak_bytes` is VmHWM: the process, loading included.
-A failure is answered with {"error": "..."} and exit status 1.
+Rows are `{"input_ids": [...], "completion_mask": [...]}`. `loss` is the mean over the step's loss tokens, before its update.
+`tokens` are real ones, `positions` also padding; `rows` are the line numbers (from 0) of the step's rows, so that another
+system can train on the same (absent where they were given). `peak_step_bytes` is the most resident during the step.
 
 What is timed is `trainer.train()` itself, untouched: a callback blocks between its steps. A step's seconds run from the
 command to the end of the optimiser step, so the logging of step k (every tenth) is in step k + 1.
@@ -23,11 +19,11 @@ command to the end of the optimiser step, so the logging of step k (every tenth)
 Settings:
 - `default`: SFTConfig's defaults. fp32 weights under bf16 autocast, gradient checkpointing, rows in random order.
 - `best`: the fastest that TRL's options give on a CPU. bf16 weights without autocast (adapters stay fp32; under autocast they
-  take the same time), no checkpointing, rows of like length together: the first batch then holds the longest rows. In full
+  take the same time), no checkpointing, rows of like length together (where the order is not given). In full
   fine-tuning the weights and Adam's moments are bf16 too, and most updates of 2e-5 round away: a floor for speed, not advice.
 - `masters`: `best`, with fp32 weights under autocast: the fastest that does not lose updates.
-Not used, because they are slower here: packing and padding-free (they need a varlen kernel), torch.compile (a new shape
-is a new compilation).
+Not used, because they are slower here: packing and padding-free (they need a varlen kernel; B4 measures it), torch.compile
+(a new shape is a new compilation).
 """
 
 from __future__ import annotations
@@ -38,7 +34,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
+
+from benchmarks.protocol import BEGAN, Commands, forget_peak, memory, versions
 
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES=""
@@ -61,29 +59,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 class Stop(Exception):
     """Unwinds `trainer.train()` on request; TRL has no other way out before its last step."""
-
-
-def peak_bytes() -> int:
-    """The most resident memory this process has had (VmHWM)."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-
-class Commands:
-    """The parent at the other end. Keeps standard output to itself: TRL and its libraries print there."""
-
-    def __init__(self) -> None:
-        self.out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-
-    def next(self) -> dict[str, Any]:
-        """The next command; end of input is a stop."""
-        line = sys.stdin.readline()
-        return json.loads(line) if line else {"do": "stop"}
-
-    def answer(self, **said: Any) -> None:
-        self.out.write(json.dumps(said) + "\n")
-        self.out.flush()
 
 
 def read_rows(path: str) -> list[dict[str, list[int]]]:
@@ -109,6 +84,8 @@ def build(command: dict[str, Any], scratch: str) -> tuple[Any, Callable[[], dict
     settings = dict(SETTINGS[command["setting"]])
     if command.get("order", "own") != "own":
         settings["train_sampling_strategy"] = command["order"]
+    if command.get("packing"):
+        settings.update(packing=True, max_length=command["packing"], train_sampling_strategy="random")
     config = SFTConfig(
         output_dir=scratch,
         max_steps=command.get("max_steps", 10_000),
@@ -127,20 +104,30 @@ def build(command: dict[str, Any], scratch: str) -> tuple[Any, Callable[[], dict
         """Notes what each step was given and returned."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.seen: list[dict[str, Any]] = []
+            self.seen: dict[str, Any] = {}
+            self.given: list[dict[str, Any]] | None = None
             self.norm: Any = None
             self.rate = 0.0
+            super().__init__(*args, **kwargs)
+
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+            found = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if self.given is None:
+                return found
+            made = [self.data_collator([_example(r) for r in self.given])]
+            return made, self._get_num_items_in_batch(made, device)
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            ids = [tuple(row[:length]) for row, length in zip(inputs["input_ids"].tolist(), lengths)]
-            loss_tokens = int((inputs["labels"][:, 1:] != -100).sum())
-            positions = inputs["input_ids"].numel()
+            ids = _sequences(inputs)
+            seen = {
+                "loss_tokens": int((inputs["labels"][:, 1:] != -100).sum()),
+                "tokens": sum(map(len, ids)),
+                "positions": inputs["input_ids"].numel(),
+            }
+            if self.given is None:
+                seen["rows"] = [line_of[x][0] for x in ids]
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self.seen.append(
-                {"ids": ids, "loss": loss, "loss_tokens": loss_tokens, "tokens": sum(lengths), "positions": positions}
-            )
+            self.seen = {"loss": loss, **seen}
             return loss
 
         def _clip_grad_norm(self, model: Any) -> Any:
@@ -157,24 +144,31 @@ def build(command: dict[str, Any], scratch: str) -> tuple[Any, Callable[[], dict
     )
 
     def report() -> dict[str, Any]:
-        seen, trainer.seen = trainer.seen, []
-        losses = [float(step["loss"]) for step in seen]
-        return {
-            "loss": losses[-1],
-            "losses": losses,
-            "grad_norm": float(trainer.norm),
-            "learning_rate": trainer.rate,
-            **{key: sum(step[key] for step in seen) for key in ("loss_tokens", "tokens", "positions")},
-            "rows": [[line_of[ids][0] for ids in step["ids"]] for step in seen],
-        }
+        seen = trainer.seen
+        return {**seen, "loss": float(seen["loss"]), "grad_norm": float(trainer.norm), "learning_rate": trainer.rate}
 
     return trainer, report
 
 
+def _example(row: dict[str, list[int]]) -> dict[str, Any]:
+    """A row as TRL's dataset preparation leaves it."""
+    labels = [i if wanted else -100 for i, wanted in zip(row["input_ids"], row["completion_mask"])]
+    return {"input_ids": row["input_ids"], "labels": labels, "seq_lengths": [len(labels)]}
+
+
+def _sequences(inputs: Any) -> list[tuple[int, ...]]:
+    """The ids of every row of a batch: padded rows, or one stream whose positions begin again at each row."""
+    if "attention_mask" in inputs:
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        return [tuple(row[:length]) for row, length in zip(inputs["input_ids"].tolist(), lengths)]
+    ids, position = inputs["input_ids"][0].tolist(), inputs["position_ids"][0].tolist()
+    starts = [i for i, p in enumerate(position) if p == 0]
+    return [tuple(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)])]
+
+
 def serve(commands: Commands, command: dict[str, Any], began: float) -> None:
     """Prepare, then let TRL train as many steps as the parent asks for, one command at a time."""
-    import torch
-    import trl
+    import trl  # noqa: F401  (its import is timed apart)
     from transformers import TrainerCallback
 
     imported = time.perf_counter()
@@ -182,21 +176,20 @@ def serve(commands: Commands, command: dict[str, Any], began: float) -> None:
         trainer, report = build(command, scratch)
 
         class Gate(TrainerCallback):
-            """Holds TRL's loop between two steps until the parent asks for more."""
+            """Holds TRL's loop between two steps until the parent asks for one more."""
 
-            left, asked = 0, 0.0
+            asked = 0.0
 
-            def wait(self, steps: int) -> None:
-                while True:
-                    command = commands.next()
-                    self.asked = time.perf_counter()
-                    if command["do"] == "stop":
-                        commands.answer(stopped=True, steps=steps, peak_bytes=peak_bytes())
-                        raise Stop
-                    if command["do"] == "step" and command.get("n", 1) > 0:
-                        self.left = command.get("n", 1)
-                        return
-                    commands.answer(error=f"not understood while training: {command}")
+            def wait(self) -> None:
+                command = commands.next()
+                if command["do"] == "stop":
+                    commands.answer(stopped=True)
+                    raise Stop
+                if command["do"] != "step":
+                    raise ValueError(f"not understood while training: {command}")
+                trainer.given = command.get("given")
+                forget_peak()
+                self.asked = time.perf_counter()
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 said = {
@@ -204,25 +197,21 @@ def serve(commands: Commands, command: dict[str, Any], began: float) -> None:
                 }
                 del said["output_dir"]
                 commands.answer(
-                    ready=True,
                     seconds=time.perf_counter() - began,
-                    import_seconds=imported - began,
-                    peak_bytes=peak_bytes(),
+                    import_seconds=imported - BEGAN,
                     parameters=sum(p.numel() for p in trainer.model.parameters()),
                     trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-                    weights=str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
-                    threads=torch.get_num_threads(),
-                    trl=trl.__version__,
+                    dtype=str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+                    versions=versions("torch", "transformers", "trl", "peft", "accelerate"),
                     arguments=said,
                 )
-                self.wait(0)
+                self.wait()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                self.left -= 1
-                if self.left == 0:
-                    seconds = time.perf_counter() - self.asked
-                    commands.answer(seconds=seconds, **report(), steps=state.global_step, peak_bytes=peak_bytes())
-                    self.wait(state.global_step)
+                seconds = time.perf_counter() - self.asked
+                peak = memory("VmHWM")
+                commands.answer(seconds=seconds, peak_step_bytes=peak, **report(), steps=state.global_step)
+                self.wait()
 
         trainer.add_callback(Gate())
         trainer.train()

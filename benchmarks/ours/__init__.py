@@ -1,0 +1,1 @@
+"""burnish as a child process: what a user of each entry point gets."""

@@ -1,0 +1,1 @@
+"""Other systems as child processes, each in an environment of its own."""

@@ -1,0 +1,55 @@
+"""burnish's own children on the bundled model: they lean on seams of the engine and the loop that may move."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.cold import BUNDLED
+from benchmarks.harness import Child
+from benchmarks.machine import ROOT
+from benchmarks.sft import vocabulary_of
+
+from benchmarks import rows as data
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    made: list[Child] = []
+
+    def child(module: str) -> Child:
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        made.append(Child(module, [sys.executable, "-m", module], log=tmp_path / f"{len(made)}.log", environment=environment))
+        return made[-1]
+
+    yield child
+    for each in made:
+        each.stop()
+
+
+def test_every_sample_gets_the_length_it_was_told(start: Any) -> None:
+    vocabulary = vocabulary_of(BUNDLED)
+    engine = start("benchmarks.ours.rollout")
+    ready = engine.ask("prepare", model=str(BUNDLED), threads=1, probe=[20, 30, 40, 50], setting="")
+    assert ready["probe_logprob"] < 0 and ready["token_flops"] > ready["body_flops"] > 1e6
+    work = data.rollouts(2, 4, vocabulary, median=6, most=15)
+    for _ in range(2):  # nodes are freed: the second turn reads its prompts again
+        found = engine.ask("step", **work)
+        assert found["lengths"] == work["lengths"] and found["useful_tokens"] == sum(work["lengths"])
+        assert found["prefill_tokens"] == sum(map(len, {tuple(p) for p in work["prompts"]}))
+        assert 0 < found["useful_flops"] <= found["executed_flops"]
+
+
+def test_a_step_trains_on_the_rows_it_was_given(start: Any) -> None:
+    rows = data.varied(8, vocabulary_of(BUNDLED), median=12, least=6, most=24)
+    trainer = start("benchmarks.ours.sft")
+    ready = trainer.ask("prepare", model=str(BUNDLED), mode="full", threads=1)
+    assert ready["trained"] == ready["parameters"] > 8e5 and ready["micro_tokens"] >= 512
+    first, second = (trainer.ask("step", rows=rows) for _ in range(2))
+    assert first["tokens"] == sum(len(r["input_ids"]) for r in rows) and first["loss_tokens"] == sum(sum(r["completion_mask"]) for r in rows)
+    assert second["loss"] < first["loss"] and first["useful_flops"] == second["useful_flops"] > 0
+    assert first["peak_step_bytes"] > 1e8
