@@ -132,6 +132,12 @@ def test_training_and_judging_by_one_file_however_it_is_written() -> None:
         resolve(read(text, "my.yaml"))
 
 
+def test_a_file_lends_no_rule_to_choose_by() -> None:
+    text = GOOD.replace("task: sums\n    rows: 100", "file: rows.jsonl").replace("vote:4", "best_of:4@rule")
+    with pytest.raises(RecipeError, match=r"the rule of 'rows.jsonl' reads the gold answer, so best_of:4@rule could not"):
+        resolve(read(text, "my.yaml"))
+
+
 def test_a_file_gives_no_validation_fold() -> None:
     text = GOOD.replace("task: sums\n    rows: 100", "file: rows.jsonl").replace(
         "0.7", "[0.5, 1.0]\n    validation_rows: 3"

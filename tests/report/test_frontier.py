@@ -81,8 +81,8 @@ def test_the_sentence_names_the_best_buy_at_every_price() -> None:
         stage("sft", ("greedy", 0.5, 41, 0, None), ("vote:4", 0.6, 160, 0, None), ("vote:16", 0.7, 640, 0, None)),
     ]
     assert frontiers(three)[0]["sentence"] == (
-        "For less than 160 tokens an answer sft greedy is the best buy (50.0 % for 41 tokens); for less than 640 tokens sft vote:4 "
-        "(60.0 % for 160 tokens); from 640 tokens on sft vote:16 (70.0 % for 640 tokens)."
+        "For less than 160 tokens an answer, sft greedy is the best buy (50.0 % for 41 tokens); for less than 640 tokens, sft vote:4 "
+        "(60.0 % for 160 tokens); from 640 tokens on, sft vote:16 (70.0 % for 640 tokens)."
     )
     one = frontiers([stage("base", ("greedy", 0.3, 10, 0, 2e6), ("vote:4", 0.2, 40, 0, 8e6))])
     assert one[0]["sentence"] == "At any price base greedy is the best buy (30.0 % for 10 tokens an answer)."
@@ -117,7 +117,7 @@ def test_a_step_that_could_be_chance_is_no_best_buy(tmp_path: Path) -> None:
         (True, None), (False, 0.5), (True, pytest.approx(2 / 2**20)), (False, 1.0),
     ]  # fmt: skip
     assert front["sentence"] == (
-        "For less than 80 tokens an answer sft greedy is the best buy (25.0 % for 10 tokens); from 80 tokens on sft vote:8 "
+        "For less than 80 tokens an answer, sft greedy is the best buy (25.0 % for 10 tokens); from 80 tokens on, sft vote:8 "
         "(75.0 %, p < 0.0001). Dearer and not clearly better than the best buy below: sft vote:4 (30.0 %, p = 0.50), "
         "sft vote:16 (77.5 %, p = 1.00)."
     )

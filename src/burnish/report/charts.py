@@ -18,7 +18,7 @@ from burnish.report.markup import Child, Markup, join, tag
 
 WIDE = 1000  # user units across a line; stretched to the width of the page
 LETTER, LINE = 6.4, 13  # pixels of a label's letter and line, for placing
-NARROWEST = 300  # pixels of the narrowest plot labels are placed for
+NARROWEST = 230  # pixels of the narrowest plot labels are placed for: a telephone of 320 less the margins
 LONGEST = 28  # letters of a name in a chart; the tooltip has all of them
 Row = dict[str, Any]
 
@@ -251,7 +251,7 @@ def frontier(points: Sequence[Row], classes: dict[str, str], scale: Scale, *, ax
     )  # fmt: skip
     grid = join(
         _level_grid(scale, height, lambda v: f"{100 * v:.0f} %", 5),
-        _vertical_grid(across, height, lambda v: cost(v, axis).split(" token")[0]),
+        _vertical_grid(across, height, units.count, 4),
     )
     return _svg(height + 22, label, "frontier", grid, stretched, *marks, *labels)
 

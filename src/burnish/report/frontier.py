@@ -104,11 +104,11 @@ def sentence(points: Sequence[Row], axis: str) -> str:
         if len(prices) == 1:
             said.append(f"At any price {who} is the best buy ({why} an answer)")
         elif i == 0:
-            said.append(f"For less than {cost(prices[1], axis)} an answer {who} is the best buy ({why})")
+            said.append(f"For less than {cost(prices[1], axis)} an answer, {who} is the best buy ({why})")
         elif i + 1 < len(prices):
-            said.append(f"for less than {cost(prices[i + 1], axis)} {who} ({why})")
+            said.append(f"for less than {cost(prices[i + 1], axis)}, {who} ({why})")
         else:
-            said.append(f"from {cost(price, axis)} on {who} ({why})")
+            said.append(f"from {cost(price, axis)} on, {who} ({why})")
     text = "; ".join(said) + "."
     close = [p for p in points if p["on_frontier"] and not p["best_buy"]]
     if close:
