@@ -23,6 +23,7 @@ def test_quickstart_runs_from_the_wheel(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert "burnish/assets/spark/model.safetensors" in names
+    assert {"burnish/assets/coverage/taxonomy.tsv", "burnish/assets/coverage/claims.tsv"} <= set(names)
     assert {"burnish/recipes/first_steps/quickstart.yaml", "burnish/recipes/first_steps/own_data.yaml"} <= set(names)
     assert not [n for n in names if "test" in n.split("/")[0]]
 

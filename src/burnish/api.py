@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from burnish.config.check import Checked
 from burnish.config.check import check as check_resolved
 from burnish.config.load import load as load_recipe
+
+if TYPE_CHECKING:
+    from burnish.core.records import Message, Spend
+
+Asked = str | Sequence[Mapping[str, str]]  # a prompt: text, or a list of {role, content}
 
 
 def _overrides(values: Mapping[str, Any]) -> list[str]:
@@ -34,6 +40,34 @@ def check(recipe: str | os.PathLike[str], **overrides: Any) -> Checked:
     return check_resolved(load_recipe(recipe, _overrides(overrides)))
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """One sample behind an answer. `finish` is "budget" where the budget cut it: then it counted for nothing."""
+
+    text: str
+    answer: str | None
+    score: float | None
+    tokens: int
+    finish: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a strategy answers, and what that took.
+
+    answer  as the task reads it from the text; without a task the marked answer, or the text itself. None: there is none
+    text    the completion that was chosen; None where the budget left none whole
+    spend   the prompt read once, every sample, and scoring them
+    """
+
+    prompt: str
+    answer: str | None
+    text: str | None
+    spend: Spend
+    trace: tuple[Sampled, ...]
+
+
 class Loaded:
     """A model ready to answer: `policy` underneath, text in and out."""
 
@@ -49,15 +83,15 @@ class Loaded:
     def has_template(self) -> bool:
         return self.chat.has_template
 
-    def _ids(self, prompt: str | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    @staticmethod
+    def _turns(prompt: Asked) -> list[Message]:
         from burnish.core.records import Message
 
-        turns = [Message("user", prompt)] if isinstance(prompt, str) else [Message(m["role"], m["content"]) for m in prompt]  # type: ignore[arg-type]
-        return self.chat.prompt(turns)
+        return [Message("user", prompt)] if isinstance(prompt, str) else [Message(m["role"], m["content"]) for m in prompt]  # type: ignore[arg-type]
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[Mapping[str, str]]],
+        prompts: Sequence[Asked],
         *,
         temperature: float = 0.0,
         max_new_tokens: int = 256,
@@ -71,13 +105,95 @@ class Loaded:
         from burnish.core.records import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, min_p)
-        nodes = self.engine.prefill_many([self._ids(p) for p in prompts])
+        nodes = self.engine.prefill_many([self.chat.prompt(self._turns(p)) for p in prompts])
         found = self.engine.sample(nodes, sampling, [(i, 0) for i in range(len(nodes))])
         for node in nodes:
             self.engine.free(node)
         return [t.text for t in found]
 
-    def score(self, prompts: Sequence[str | Sequence[Mapping[str, str]]], completions: Sequence[str]) -> list[float]:
+    def solve(
+        self,
+        prompts: Sequence[Asked],
+        *,
+        strategy: str = "vote:16",
+        task: str | None = None,
+        temperature: float = 0.7,
+        max_new_tokens: int = 256,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        budget_tokens: int | None = None,
+    ) -> list[Solution]:
+        """An answer a prompt, found by a test-time strategy; see `burnish ls strategy` and `burnish ls scorer`.
+
+        task           lends what its votes are counted by and, where it reads no gold answer, its rule
+        budget_tokens  the most sampled tokens a prompt may cost
+        A prompt's answer is the same alone and among others. Raises ConfigError for a strategy that does not exist, that
+        this task or engine cannot serve, or that is no way to answer; DataError for a prompt the task cannot judge.
+        """
+        from burnish.answers.extract import given, given_key
+        from burnish.core.errors import ConfigError, DataError
+        from burnish.core.records import Sampling, Trajectory
+        from burnish.core.table import load_row
+        from burnish.data.tasks.base import Item
+        from burnish.engines.base import Prompt
+        from burnish.engines.pool import Pool
+        from burnish.evals.accuracy import judge_of, stream_of
+        from burnish.search.base import Budget, Judge
+        from burnish.search.base import strategy as bound
+
+        asked = bound(strategy)
+        if asked.oracle:
+            remedy = f"type vote:{asked.spec.n}, or measure it with burnish eval"
+            raise ConfigError("reads the right answers: a ceiling and no way to answer", where=asked.spec.title, remedy=remedy)
+        if temperature == 0 and asked.parameters.get("n", 1) > 1:
+            same = f"{asked.parameters['n']} samples at temperature 0 are {asked.parameters['n']} times the same text"
+            raise ConfigError(same, where=asked.name, remedy="give a temperature above 0, or use greedy")
+        turns = [self._turns(prompt) for prompt in prompts]
+        questions = [said[-1].content if said else "" for said in turns]
+        judge = Judge(given_key)
+        if task is not None:
+            lent = judge_of(load_row("task", task), [Item(q, "", "", "", 0) for q in questions])  # pyright: ignore[reportArgumentType]
+
+            def rule(index: int, text: str) -> bool:
+                assert lent.rule is not None
+                try:
+                    return lent.rule(index, text)
+                except Exception as error:
+                    raise DataError(f"task {task!r} cannot judge it: {error}", where=f"prompt {index + 1}") from error
+
+            judge = Judge(lent.answer_key, rule=None if lent.rule is None else rule)
+
+        def said_by(sample: Trajectory) -> str | None:
+            if task is None or judge.answer_key is None:
+                return given(sample.text)
+            key = judge.answer_key(sample.text)
+            return None if key is None else str(key)
+
+        rows = [Prompt(stream_of("\x1f".join(f"{m.role}\x1f{m.content}" for m in t)), self.chat.prompt(t)) for t in turns]
+        sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, min_p)
+        self.policy.train(False)
+        found = asked.run(Pool(self.engine), rows, judge, Budget(sampling, budget_tokens))
+        return [
+            Solution(
+                question,
+                None if outcome.answer is None else said_by(outcome.answer),
+                outcome.text,
+                outcome.spend,
+                tuple(
+                    Sampled(
+                        t.text, said_by(t) if i < len(outcome.whole) else None, outcome.scores[i] if i < len(outcome.scores) else None,
+                        t.cost.sampled_tokens, t.finish, t is outcome.answer,
+                    )
+                    for i, t in enumerate(outcome.trace)
+                ),
+            )
+            for question, outcome in zip(questions, found, strict=True)
+        ]  # fmt: skip
+
+    def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         """Log-probability in nats of each completion (with its end token) after its prompt."""
         from burnish.core.records import Example, Message
         from burnish.core.table import load_table
@@ -87,8 +203,7 @@ class Loaded:
         mask = load_table("mask")["completion"]
         examples = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            turns = [Message("user", prompt)] if isinstance(prompt, str) else [Message(m["role"], m["content"]) for m in prompt]  # type: ignore[arg-type]
-            examples.append(Example(tuple(turns), (Message("assistant", completion),)))
+            examples.append(Example(tuple(self._turns(prompt)), (Message("assistant", completion),)))
         batch = Batch([Tree.row(r.ids, r.trained) for r in (self.chat.render(e, mask) for e in examples)])
         total = [0.0] * len(examples)
         self.policy.train(False)
@@ -99,7 +214,7 @@ class Loaded:
 
 
 def load(model: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu") -> Loaded:
-    """A bundled model, a folder (HF or PEFT layout) or a hub id, ready to `.generate` and `.score`; `.policy` underneath."""
+    """A bundled model, a folder (HF or PEFT layout) or a hub id, ready to `.generate`, `.solve` and `.score`; `.policy` underneath."""
     from burnish.models.load import load_policy
 
     return Loaded(load_policy(os.fspath(model), dtype=dtype, device=device))  # type: ignore[arg-type]

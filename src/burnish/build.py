@@ -18,7 +18,7 @@ import torch
 
 from burnish import __version__
 from burnish.answers.compare import same
-from burnish.answers.extract import final_answer, normalised
+from burnish.answers.extract import given, given_key
 from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Source, Stage
 from burnish.core.errors import DataError
 from burnish.core.records import Example, Message, Rendered, Sampling
@@ -305,7 +305,7 @@ def questions_in(file: str, columns: Mapping[str, str], rows: int | None) -> tup
         question = e.prompt[-1].content if e.prompt else ""
         asked.append(Item(question=question, gold=e.completion[-1].content, rationale="", answer="", level=0, id=e.where, facts={"prompt": e.prompt}))
     task = Task(
-        name=Path(file).name, make=_not_made, verify=lambda text, item: same(given(text), item.gold), answer_key=lambda text: normalised(given(text)) or None,
+        name=Path(file).name, make=_not_made, verify=lambda text, item: same(given(text), item.gold), answer_key=given_key,
         levels=(0,), verifier_needs_gold=True,
     )  # fmt: skip
     return task, asked
@@ -313,11 +313,6 @@ def questions_in(file: str, columns: Mapping[str, str], rows: int | None) -> tup
 
 def _not_made(level: int, rng: Any) -> Item:
     raise DataError("a file's questions are read, not made")
-
-
-def given(text: str) -> str:
-    """The marked answer, or the whole completion where nothing is marked."""
-    return final_answer(text) or text
 
 
 @dataclass

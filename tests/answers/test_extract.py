@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.answers.extract import final_answer, final_number, marked_answers, normalised, number
+from burnish.answers.extract import final_answer, final_number, given_key, marked_answers, normalised, number
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,8 @@ def test_marks_in_a_tangle_never_raise(text: str) -> None:
 
 def test_an_answer_list_wins_nothing() -> None:
     assert final_number("\n".join(f"####{n}" for n in range(500))) is None
+
+
+def test_without_a_mark_the_whole_text_is_what_is_given() -> None:
+    assert given_key("5+3=8\n####08") == given_key("#### 8") == given_key("8.0") == "8"
+    assert given_key("it  is\nblue") == "it is blue" and given_key(" ") is None

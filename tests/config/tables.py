@@ -72,7 +72,7 @@ def vote(engine, *, n: int = 16):
     """The answer most samples agree on (arXiv:2203.11171)."""
 
 
-def best_of(engine, *, n: int = 16, scorer: str, aggregation: str = "last"):
+def best_of(engine, *, n: int = 16, scorer: str, aggregation: str | None = None):
     """The sample a scorer likes best."""
 
 
@@ -85,6 +85,20 @@ STRATEGIES = Table(
     {"greedy": greedy, "sample": sample, "vote": vote, "best_of": best_of, "pass": pass_at},
     also={"self_consistency": "vote"},
 )
+'''
+SCORERS = '''
+from typing import Literal
+
+
+def rule(candidates):
+    """The task's own verifier."""
+
+
+def prm(candidates, *, aggregation: Literal["min", "last"] = "last"):
+    """A process reward model."""
+
+
+SCORERS = Table("scorer", {"rule": rule, "prm": prm}, also={"verifier": "rule"})
 '''
 
 
@@ -102,6 +116,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "sums": SUMS,
         "words": WORDS,
         "strategies": STRATEGIES,
+        "scorers": SCORERS,
     }
     for name, text in texts.items():
         (package / f"{name}.py").write_text(text)
@@ -112,6 +127,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "adapter": ("toy.adapters:ADAPTERS",),
         "task": ("toy.tasks:TASKS",),
         "strategy": ("toy.strategies:STRATEGIES",),
+        "scorer": ("toy.scorers:SCORERS",),
     }
     monkeypatch.setattr(table, "TABLES", places)
     work = tmp_path / "work"

@@ -40,7 +40,10 @@ DATA = "data: {task: sums, rows: 512}"
         ("rows: 100", "rows: 100\n    levels: [2, 2]", 8, "[2, 2] names a level twice"),
         ("vote:4", "sample:4", 8, "sample:4: 'sample' has no parameter 'n'. It takes no parameters."),
         ("vote:4", "vote:4@prm", 8, "vote:4@prm: 'vote' has no parameter 'scorer'. It takes n=16."),
-        ("vote:4", "best_of:4", 8, "best_of:4: 'best_of' needs 'scorer': text"),
+        ("vote:4", "best_of:4", 8, "best_of:4: 'best_of' needs 'scorer': one of rule, prm"),
+        ("vote:4", "best_of:4@verifier", 8, "best_of:4@verifier: 'verifier' is not a scorer. Did you mean 'rule'?"),
+        ("vote:4", "best_of:4@rule(min)", 8, "best_of:4@rule(min): 'rule' has no parameter 'aggregation'"),
+        ("vote:4", "best_of:4@prm(max)", 8, "best_of:4@prm(max): 'max' given, wanted one of min, last"),
         ("rows: 100", "rows: 100\n    levels: [2, 9]", 8, "'sums' has no level 9; it has 2, 3, 4"),
         (DATA, "data: {task: sums, rows: 512, file: a.jsonl}", 13, "both task and file"),
         (DATA, "data: {rows: 512}", 13, "neither task nor file"),
@@ -126,6 +129,12 @@ def test_training_and_judging_by_one_file_however_it_is_written() -> None:
         DATA, "data: {file: sub/../rows.jsonl}"
     )
     with pytest.raises(RecipeError, match=r"trains on sub/../rows.jsonl, the file eval 'sums' is judged on"):
+        resolve(read(text, "my.yaml"))
+
+
+def test_a_file_lends_no_rule_to_choose_by() -> None:
+    text = GOOD.replace("task: sums\n    rows: 100", "file: rows.jsonl").replace("vote:4", "best_of:4@rule")
+    with pytest.raises(RecipeError, match=r"the rule of 'rows.jsonl' reads the gold answer, so best_of:4@rule could not"):
         resolve(read(text, "my.yaml"))
 
 

@@ -121,6 +121,8 @@ def test_the_temperature_is_chosen_on_validation_by_the_strongest_vote() -> None
     assert settings["temperature"] == 0.6  # equal to 0.8, and lower
     assert settings["chosen_on"] == "validation, n=4, vote:3"
     assert found["strategies"][2]["accuracy"] == 0.75
+    widest = run(["vote:2", "best_of:4@logprob", "pass@8"], engine=Tempered(says), validation=validation)
+    assert widest["settings"]["chosen_on"] == "validation, n=4, best_of:4@logprob"
     alone = run(["sample"], engine=Tempered(says), validation=validation, candidates=(1.0,))
     assert alone["settings"]["chosen_on"] == "validation, n=4, sample"
     untouched = run(["greedy"], engine=Tempered(says), validation=validation)
@@ -145,6 +147,13 @@ def test_what_is_refused() -> None:
     keyless = replace(TASK, has_answer_key=False)
     with pytest.raises(ConfigError, match="no answer key"):
         evaluate(engine(), Plain(), keyless, ITEMS, ["greedy", "vote:3"], SAMPLING)
+    gold = engine()
+    with pytest.raises(ConfigError, match="best_of:3@rule  there is no rule"):
+        run(["greedy", "best_of:3@rule"], engine=gold)
+    assert gold.spend.sampled_tokens == 0  # refused before anything is drawn
+    free = replace(TASK, verifier_needs_gold=False, verify=lambda text, item: text == item.question[-1])
+    ruled = evaluate(engine(), Plain(), free, ITEMS, ["sample", "best_of:3@rule", "pass@3"], SAMPLING)["strategies"]
+    assert [row["correct"] for row in ruled] == [[0, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]
     assert evaluate(engine(), Plain(), keyless, ITEMS, ["greedy"], SAMPLING)["strategies"][0]["unanswered"] == 0
 
 

@@ -83,7 +83,7 @@ def test_dots_and_whiskers_stand_at_their_shares() -> None:
 
 def point(stage: str, strategy: str, tokens: float | None, accuracy: float, best: bool) -> dict:
     return {"stage": stage, "strategy": strategy, "sampled_tokens": tokens, "executed_flops": None, "accuracy": accuracy,
-            "interval": [accuracy - 0.03, accuracy + 0.03], "on_frontier": best}  # fmt: skip
+            "interval": [accuracy - 0.03, accuracy + 0.03], "on_frontier": best, "best_buy": best}  # fmt: skip
 
 
 def test_the_frontier_is_drawn_on_a_log_axis_and_joins_only_its_points() -> None:

@@ -121,27 +121,32 @@ def test_a_budget_is_kept_to_the_token(tokens: int) -> None:
 
 
 def test_strategies_leave_no_node_behind() -> None:
-    for name, row in STRATEGIES.items():
+    for name in STRATEGIES:
         source = engine()
-        row(source, PROMPTS, JUDGE, BUDGET)
+        written = {"pass": "pass@4", "best_of": "best_of:4@logprob"}.get(name, name)
+        strategy(written).run(source, PROMPTS, JUDGE, BUDGET)
         assert source.held == 0, name
 
 
 def test_a_strategy_as_written_is_bound_or_refused_with_what_to_type() -> None:
     bound = strategy("vote:4")
-    assert (bound.name, dict(bound.parameters)) == ("vote:4", {"n": 4})
+    assert (bound.name, dict(bound.parameters)) == ("vote:4", {"n": 4, "scorer": None, "aggregation": None})
     assert texts(bound.run(engine(), PROMPTS, JUDGE, BUDGET)) == texts(vote(engine(), PROMPTS, JUDGE, BUDGET, n=4))
     assert strategy("vote").parameters["n"] == 16
     for wrong, hint in {
         "greedy:4": "'greedy' has no parameter 'n'",
-        "vote:4@rule": "type vote:4",
+        "greedy@rule": "type greedy",
+        "best_of:4": "'best_of' needs 'scorer': one of logprob, rule\n  type best_of:4@logprob",
+        "best_of:4@verifier": "Did you mean 'rule'",
+        "best_of:4@logprob(max)": "'max' given, wanted one of mean, sum",
+        "vote:4@rule(mean)": "'rule' has no parameter 'aggregation'",
         "self_consistency:8": "Did you mean 'vote'",
         "vote:0": "1 or more",
         "pass:4": "pass@4",
     }.items():
         with pytest.raises(ConfigError, match=hint):
             strategy(wrong)
-    assert set(describe("strategy")) == set(STRATEGIES) == {"greedy", "sample", "vote", "pass"}
+    assert set(describe("strategy")) == set(STRATEGIES) == {"greedy", "sample", "vote", "best_of", "pass"}
     assert describe("strategy")["vote"].citation == "arXiv:2203.11171"
 
 

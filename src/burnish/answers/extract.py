@@ -71,3 +71,13 @@ def final_number(text: str) -> str | None:
     """The marked answer as a canonical number, or None where there is none or it is not a number."""
     answer = final_answer(text)
     return None if answer is None else number(answer)
+
+
+def given(text: str) -> str:
+    """The marked answer, or the whole completion where nothing is marked."""
+    return final_answer(text) or text
+
+
+def given_key(text: str) -> str | None:
+    """What votes are counted by where no task says: the answer given, normalised; None where nothing is said."""
+    return normalised(given(text)) or None

@@ -25,11 +25,13 @@ VERBS = {  # verb -> module with a function of the same name; in the order of `b
     "run": "burnish.cli.run",
     "eval": "burnish.cli.eval",
     "chat": "burnish.cli.chat",
+    "solve": "burnish.cli.solve",
     "report": "burnish.cli.report",
     "ls": "burnish.cli.ls",
     "show": "burnish.cli.show",
     "cp": "burnish.cli.cp",
     "check": "burnish.cli.check",
+    "coverage": "burnish.cli.coverage",
 }
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer carries its own click, or uses yours
 _json = False
@@ -40,7 +42,7 @@ def wants_json() -> bool:
     return _json
 
 
-def reply(data: Mapping[str, Any], text: str) -> None:
+def reply(data: Mapping[str, Any] | Sequence[Any], text: str) -> None:
     """The answer of a verb: `data` with --json, `text` without."""
     print(json.dumps(data, indent=1) if _json else text)
 

@@ -15,7 +15,7 @@ def eval(  # the verb's name
     file: Annotated[str | None, typer.Option(help="Or a .jsonl file of questions and answers.")] = None,
     level: Annotated[list[int] | None, typer.Option(help="Levels of the task; may be repeated.")] = None,
     rows: Annotated[int | None, typer.Option(help="How many questions.")] = None,
-    strategy: Annotated[list[str] | None, typer.Option(help="greedy, sample, vote:16, pass@16; may be repeated.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="greedy, vote:16, best_of:16@logprob, pass@16; may be repeated.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the strategies that sample.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",

@@ -122,8 +122,8 @@ def _eval(key: Key, judged: Eval) -> Iterator[Problem]:
             yield at, f"{spec} is listed twice", "list it once"
         if task and spec.name == "vote" and task.facts.get("has_answer_key") is False:
             yield at, f"{judged.task!r} has no answer key to count votes by", "use best_of:16@rule or pass@16"
-        if task and spec.scorer == "rule" and task.facts.get("verifier_needs_gold") is True:
-            message = f"the rule of {judged.task!r} reads the gold answer, so {spec} could not be used to answer"
+        if spec.scorer == "rule" and (task is None or task.facts.get("verifier_needs_gold", True)):
+            message = f"the rule of {judged.task or judged.file!r} reads the gold answer, so {spec} could not be used to answer"
             yield at, message, f"type pass@{spec.n or 16}, which says that it is an oracle"
     choices = judged.temperature if isinstance(judged.temperature, tuple) else None
     at = (*key, "temperature")

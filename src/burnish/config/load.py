@@ -17,7 +17,7 @@ from burnish.config.overrides import choices, expand, members, override, typed_k
 from burnish.config.provenance import LARGEST, Document, Resolved, dotted, read
 from burnish.config.schema import FORMAT, Recipe
 from burnish.core.errors import ConfigError
-from burnish.core.grammar import parse
+from burnish.core.grammar import arguments, parse
 from burnish.core.table import describe_row, did_you_mean, faults_in, read_number
 
 PACKAGED = Path(__file__).resolve().parents[1] / "recipes"
@@ -170,13 +170,12 @@ def _strategy(document: Document, key: Key, text: Any) -> Iterator[Fault]:
         spec = parse(text if isinstance(text, str) else "")
     except ConfigError:
         return  # the schema says what is wrong with its form
-    given = {"n": spec.n, "scorer": spec.scorer, "aggregation": spec.aggregation}
     try:
-        _, faults = faults_in(describe_row("strategy", spec.name), {k: v for k, v in given.items() if v is not None})
+        _, faults = arguments(spec)
     except ConfigError as error:
         yield _fault(document, key, error.message, error.remedy)
     else:
-        for _, message in faults:
+        for message in faults:
             yield _fault(document, key, f"{spec}: {message}")
 
 

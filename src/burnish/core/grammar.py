@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from burnish.core.errors import ConfigError
+from burnish.core.table import describe_row, faults_in
 
 _WORD = r"[a-z][a-z0-9_]*|[^\s@:()]+\.py:[A-Za-z_]\w*"  # a row's name, or the user's own file.py:function
 _SPEC = re.compile(
@@ -65,3 +67,16 @@ def parse(text: str, where: str = "strategy") -> Spec:
     if match is None or match["name"] == "pass":
         raise ConfigError(f"{text[:80]!r} is not a strategy", where=where, remedy=_hint(text))
     return Spec(match["name"], int(match["n"]) if match["n"] else None, match["scorer"], match["aggregation"])
+
+
+def arguments(spec: Spec) -> tuple[dict[str, Any], list[str]]:
+    """(keyword arguments of the strategy's row, what is wrong with what was written), the scorer's own included.
+
+    Reads descriptions only. Raises ConfigError where the name is no row of the strategy table.
+    """
+    given = {"n": spec.n, "scorer": spec.scorer, "aggregation": spec.aggregation}
+    values, faults = faults_in(describe_row("strategy", spec.name), {k: v for k, v in given.items() if v is not None})
+    if spec.scorer is not None and not faults:
+        joined = {} if spec.aggregation is None else {"aggregation": spec.aggregation}
+        faults = faults_in(describe_row("scorer", spec.scorer), joined)[1]
+    return values, [message for _, message in faults]

@@ -41,6 +41,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "mask": ("burnish.data.masks:MASKS",),
     "task": ("burnish.data.tasks.table:TASKS",),
     "strategy": ("burnish.search.sampling:STRATEGIES",),
+    "scorer": ("burnish.search.scorers:SCORERS",),
 }
 USER_ROW = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # numbers to everyone but YAML 1.1
@@ -234,7 +235,8 @@ def faults_in(row: RowDescription, params: Mapping[str, Any]) -> tuple[dict[str,
         if name not in params:
             values[name] = parameter.default
             if parameter.required:
-                faults.append((name, f"{row.name!r} needs {name!r}: {wanted(parameter.type)}"))
+                choices = f"one of {', '.join(describe(name))}" if name in TABLES else wanted(parameter.type)
+                faults.append((name, f"{row.name!r} needs {name!r}: {choices}"))
             continue
         for value in (params[name], read_number(params[name])):
             try:

@@ -8,7 +8,7 @@ turn is chosen, every token is a label. Plain `text` rows have no turns and are 
 from __future__ import annotations
 
 from burnish.core.records import Example, Message
-from burnish.core.table import Table
+from burnish.core.table import About, Table
 
 
 def completion(example: Example) -> list[bool]:
@@ -41,4 +41,5 @@ MASKS = Table(
         "train_on_responses_only": "assistant",
         "full": "all",
     },
+    about={"assistant": About(taxonomy=("S3",))},
 )

@@ -38,7 +38,11 @@ def stream_of(item_id: str) -> int:
 
 def judge_of(task: Task, items: Sequence[Item]) -> Judge:
     """What this task lends to strategies over these items."""
-    return Judge(task.answer_key if task.has_answer_key else None, lambda i, text: task.verify(text, items[i]))
+
+    def right(index: int, text: str) -> bool:
+        return task.verify(text, items[index])
+
+    return Judge(task.answer_key if task.has_answer_key else None, right, None if task.verifier_needs_gold else right)
 
 
 def prompts_of(chat: Chat, items: Sequence[Item]) -> list[Prompt]:
@@ -80,11 +84,9 @@ def evaluate(
     bound = [strategy(text, f"eval {name or task.name}") for text in dict.fromkeys(strategies)]
     if not bound:
         raise ConfigError("no strategies", where=f"eval {name or task.name}", remedy="strategies: [greedy, vote:16]")
-    if not task.has_answer_key and (voting := [b.name for b in bound if b.spec.name == "vote"]):
-        raise ConfigError(
-            f"task {task.name!r} has no answer key to count votes by", where=voting[0], remedy="use greedy or sample"
-        )
     pool = Pool.over(engine)
+    for b in bound:  # asked for nothing, each says now whether this task and engine can serve it
+        b.run(pool, [], judge_of(task, []), Budget(sampling))
     measured: dict[str, float] = {}
     chosen_on = "given"
     if validation and candidates and any(b.spec.name != "greedy" for b in bound):
@@ -131,9 +133,9 @@ def evaluate(
 
 
 def _deciding(bound: Sequence[Bound]) -> Bound:
-    """The temperature serves the strongest vote asked for; without one, a single sample."""
-    votes = [b for b in bound if b.spec.name == "vote"]
-    return max(votes, key=lambda b: b.parameters["n"]) if votes else strategy("sample")
+    """The temperature serves whatever answers from most samples (of equals the first); without such, a single sample."""
+    choosing = [b for b in bound if "n" in b.parameters and not b.oracle]
+    return max(choosing, key=lambda b: b.parameters["n"]) if choosing else strategy("sample")
 
 
 def _measure(

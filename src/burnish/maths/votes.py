@@ -1,9 +1,9 @@
-"""Voting over answers: self-consistency."""
+"""Choosing among answers: self-consistency, best of n."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from math import fsum, isfinite
+from math import fsum, isfinite, log
 
 from burnish.core.errors import DataError
 
@@ -22,3 +22,24 @@ def majority(keys: Sequence[Hashable | None], weights: Sequence[float] | None = 
         if key is not None:
             ballots.setdefault(key, []).append(weight)
     return max(ballots, key=lambda key: fsum(ballots[key]), default=None)
+
+
+def best(scores: Sequence[float | None]) -> int | None:
+    """Where the highest score stands; a tie goes to the one seen first, None abstains and wins only where all do.
+
+    argmax over i of score_i      (best of n, arXiv:2009.01325)
+    """
+    known = [(score, -i) for i, score in enumerate(scores) if score is not None]
+    return -max(known)[1] if known else None
+
+
+def best_of_n_kl(n: int) -> float:
+    """The most that taking the best of n samples can move a policy away from itself, in nats.
+
+    KL(best of n || policy) <= log n - (n-1)/n      (theorem 1, arXiv:2401.01879)
+    Reached where no two answers have the same score and none has a probability of its own; often quoted as an equality
+    (arXiv:2009.01325), which it is not for a policy over few answers. Raises DataError for n < 1.
+    """
+    if n < 1:
+        raise DataError(f"n={n} given, wanted at least 1", where="best_of_n_kl")
+    return log(n) - (n - 1) / n

@@ -10,7 +10,7 @@ import torch
 
 from burnish.core.errors import DataError
 from burnish.core.records import Rendered
-from burnish.core.table import Table, load_row
+from burnish.core.table import About, Table, load_row
 from burnish.data.chat import Prepared
 from burnish.data.sampler import Sampler
 from burnish.forest.pack import Batch, Micro
@@ -78,4 +78,4 @@ def sft(material: Material, *, mask: str = "completion", weights: str = "token_m
     return Supervised(prepared, validation, sampler, material.steps(sampler), weights)
 
 
-METHODS = Table("method", {"sft": sft})
+METHODS = Table("method", {"sft": sft}, about={"sft": About(taxonomy=("F1", "S1"))})

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from burnish.core.errors import ConfigError, MachineError
-from burnish.core.table import Table
+from burnish.core.table import About, Table
 from burnish.models.policy import Policy
 
 
@@ -47,7 +47,7 @@ def lora(
     return adapted
 
 
-ADAPTERS = Table("adapter", {"lora": lora})
+ADAPTERS = Table("adapter", {"lora": lora}, about={"lora": About(taxonomy=("E13",), paper="arXiv:2106.09685", year=2021)})
 
 
 def probe_logits(model: Any, vocabulary: int) -> torch.Tensor:

@@ -13,11 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 from burnish.report import units
+from burnish.report.frontier import cost
 from burnish.report.markup import Child, Markup, join, tag
 
 WIDE = 1000  # user units across a line; stretched to the width of the page
 LETTER, LINE = 6.4, 13  # pixels of a label's letter and line, for placing
-NARROWEST = 300  # pixels of the narrowest plot labels are placed for
+NARROWEST = 230  # pixels of the narrowest plot labels are placed for: a telephone of 320 less the margins
 LONGEST = 28  # letters of a name in a chart; the tooltip has all of them
 Row = dict[str, Any]
 
@@ -241,21 +242,18 @@ def frontier(points: Sequence[Row], classes: dict[str, str], scale: Scale, *, ax
         kind = classes[p["stage"]]
         marks.append(tag("line", x1=_x(x), x2=_x(x), y1=round(low, 2), y2=round(high, 2), class_=f"whisker {kind}"))
         marks.append(tag("circle", tag("title", said), cx=_x(x), cy=round(y, 3), r=4.5, class_=f"dot {kind}"))
-    labels = _placed([(_short(p["strategy"]), classes[p["stage"]], x, y) for p, (x, y) in zip(shown, places)], best, height)
+    ranked = sorted(zip(shown, places), key=lambda each: (not each[0]["best_buy"], not each[0]["on_frontier"]))  # who is named first
+    named = [(_short(p["strategy"]), f"{classes[p['stage']]}{' buy' if p['best_buy'] else ''}", x, y) for p, (x, y) in ranked]
+    labels = _placed(named, best, height)
     stretched = tag(
         "svg", tag("polyline", points=" ".join(steps), class_="line front", vector_effect="non-scaling-stroke"), x=0, y=0, width="100%",
         height=round(height), viewBox=f"0 0 {WIDE} {round(height)}", preserveAspectRatio="none", class_="stretched",
     )  # fmt: skip
     grid = join(
         _level_grid(scale, height, lambda v: f"{100 * v:.0f} %", 5),
-        _vertical_grid(across, height, lambda v: cost(v, axis).split(" token")[0]),
+        _vertical_grid(across, height, units.count, 4),
     )
     return _svg(height + 22, label, "frontier", grid, stretched, *marks, *labels)
-
-
-def cost(value: float | None, axis: str) -> str:
-    """Of one question: '512 tokens', '63 MFLOP'."""
-    return units.flops(value) if axis == "executed_flops" else units.tokens(value)
 
 
 def _placed(names: Sequence[tuple[str, str, float, float]], front: Sequence[tuple[float, float]], height: float) -> list[Markup]:

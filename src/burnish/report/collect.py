@@ -29,7 +29,9 @@ from burnish.report.files import (
     StageFile,
     TimingRow,
 )
-from burnish.report.verdict import comparisons, frontiers, mean_and_interval, metric_of, primary_metric, verdict
+from burnish.report.frontier import frontiers
+from burnish.report.pairs import mean_and_interval, metric_of
+from burnish.report.verdict import comparisons, primary_metric, verdict
 
 SAMPLES = 20  # per eval
 POINTS = 600  # of a curve
@@ -82,7 +84,7 @@ def collect(run_folder: str | Path) -> Row:
             "finished": run.finished, "starts": run.starts,
         },
         "verdict": verdict(asked, state, stages, compared, planned), "warnings": [], "stages": stages, "comparisons": compared,
-        "frontiers": frontiers(stages), "ledger": total([s["ledger"] for s in stages if s["ledger"]]),
+        "frontiers": frontiers(stages, judged), "ledger": total([s["ledger"] for s in stages if s["ledger"]]),
         "samples": _samples(judged), "provenance": _provenance(folder, run, stages, reading),
     }  # fmt: skip
     chosen = asked is None and primary_metric(None, stages) is not None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from burnish.report import units
-from burnish.report.verdict import SIGNIFICANT
+from burnish.report.pairs import SIGNIFICANT
 
 FEW = 200  # questions: below this a 95 % interval is wider than about 14 points, and a choice among settings is mostly luck
 NOTABLE = 0.01  # share of completions cut or rows dropped that is worth a note

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from burnish.report import charts, units
+from burnish.report.frontier import cost
 from burnish.report.markup import Child, Markup, join, tag
-from burnish.report.parts import Section, cell, facts, folded, key, stage_classes, table
+from burnish.report.parts import Section, cell, facts, folded, key, prose, stage_classes, table
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
@@ -105,26 +106,39 @@ def price(report: Report) -> Section | None:
     classes = stage_classes(report)
     every = [p["interval"][1] for f in report["frontiers"] for p in f["points"]]
     figures = []
-    axes = set()
     for front in report["frontiers"]:
-        points = [p for p in front["points"] if p[front["axis"]]]
+        axis = front["axis"]
+        points = [p for p in front["points"] if p[axis]]
         if len(points) < 2:
             continue
-        axes.add(front["axis"])
-        best = [f"{p['strategy']} at {p['stage']} ({units.percent(p['accuracy'])}, {charts.cost(p[front['axis']], front['axis'])})"
-                for p in sorted(points, key=lambda p: p[front["axis"]]) if p["on_frontier"]]  # fmt: skip
+        best = [f"{p['strategy']} at {p['stage']} ({units.percent(p['accuracy'])}, {cost(p[axis], axis)})"
+                for p in sorted(points, key=lambda p: p[axis]) if p["on_frontier"]]  # fmt: skip
         label = f"Accuracy against cost per question on {front['eval']}. On the frontier: {'; '.join(best)}."
-        what = "executed FLOPs" if front["axis"] == "executed_flops" else "sampled tokens"
-        chart = charts.frontier(points, classes, charts.share_scale(every), axis=front["axis"], label=label)
-        figures.append(tag("figure", tag("figcaption", tag("h3", front["eval"]), tag("p", f"accuracy, by {what} per question")), chart))
+        what = "executed FLOPs" if axis == "executed_flops" else "sampled tokens"
+        chart = charts.frontier(points, classes, charts.share_scale(every), axis=axis, label=label)
+        caption = tag("figcaption", tag("h3", front["eval"]), tag("p", f"accuracy, by {what} per question"))
+        figures.append(tag("figure", caption, chart, tag("p", prose(front["sentence"]), class_="aside")))
     if not figures:
         return None
     how = (
-        "Up is better and right is dearer; the line joins what nothing else beats at its price or below, so a point under it pays more for less."
+        "Up is better and right is dearer; the line joins what nothing else beats at its price or below. A best buy, in bold, is also clearly "
+        "better than the one below it, in a paired test at 0.05. Oracles are left out: they answer nothing."
     )
-    if "executed_flops" in axes:
-        how += " Work is counted in FLOPs because some strategy also scores, which sampled tokens would hide."
-    return Section("price", "What accuracy costs", how, join(key(report), tag("div", figures, class_="pair")))
+    if any(e["per_question"]["scored_tokens"] for s in report["stages"] for v in s["evals"] if v["metric"] == "accuracy" for e in v["strategies"]):
+        how += " Where a strategy also scores, work is counted in FLOPs alone: sampled tokens would hide it."
+    return Section("price", "What accuracy costs", how, join(key(report), tag("div", figures, class_="pair"), _trained(report)))
+
+
+def _trained(report: Report) -> Markup | None:
+    """What training took to have each stage: the part of the price that is paid once."""
+    paid = {t["stage"]: t for front in report["frontiers"] for t in front["training"] if t["stage"] != report["stages"][0]["name"]}
+    if not paid:
+        return None
+    said = [
+        (f"Training up to {stage}, paid once", f"{units.flops(t['executed_flops'])}, {units.tokens(t['tokens'])}, {units.duration(t['seconds'])}")
+        for stage, t in paid.items()
+    ]  # fmt: skip
+    return facts(said)
 
 
 def compared(report: Report) -> Section | None:

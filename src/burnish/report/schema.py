@@ -222,12 +222,22 @@ class FrontierPoint(Part):
     sampled_tokens: float | None
     executed_flops: float | None
     on_frontier: bool = Field(description="no other point of this eval is at least as accurate for less")
+    best_buy: bool = Field(description="on the frontier, and the cheapest or clearly better than the best buy below it")
+    p: Share | None = Field(description="of the paired test against the best buy below it; null off the frontier and for the cheapest")
+
+
+class StageCost(TrainingCost):
+    stage: str
 
 
 class Frontier(Part):
+    """Accuracy against one kind of cost per question."""
+
     eval: str
-    axis: Literal["sampled_tokens", "executed_flops"]
+    axis: Literal["sampled_tokens", "executed_flops"] = Field(description="the cost; where strategies also score, FLOPs alone")
     points: list[FrontierPoint]
+    training: list[StageCost] = Field(description="spent once to have each stage: of all stages up to it, 0 for the base model")
+    sentence: str = Field(description="the best buy at every price, in words")
 
 
 class SampleCompletion(Part):

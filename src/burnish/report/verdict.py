@@ -1,53 +1,17 @@
-"""Whether the run was worth it: paired comparisons, the frontier of cost and accuracy, and the verdict in words."""
+"""Whether the run was worth it: paired comparisons, and the verdict in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from burnish.config.schema import LIKELIHOOD
-from burnish.core.errors import DataError
-from burnish.maths.estimators import bootstrap_mean, paired_difference, paired_test, wilson
 from burnish.report import units
-from burnish.report.files import EvalFile, StrategyRow
+from burnish.report.files import EvalFile
+from burnish.report.frontier import training_cost
 from burnish.report.markup import visible
+from burnish.report.pairs import comparison
 
-SIGNIFICANT = 0.05
 Row = dict[str, Any]
-
-
-def mean_and_interval(grades: Sequence[float]) -> tuple[float, list[float]]:
-    """Accuracy and its 95 % interval: Wilson for right and wrong, bootstrap where there is partial credit."""
-    mean = sum(grades) / len(grades)
-    if all(g in (0, 1) for g in grades):
-        return mean, list(wilson(round(sum(grades)), len(grades)))
-    return mean, list(bootstrap_mean(list(grades)))
-
-
-def metric_of(strategies: Sequence[str]) -> str:
-    """What an eval measures, by its strategies: held-out rows have one, and nothing is sampled for them."""
-    return "likelihood" if LIKELIHOOD in strategies else "accuracy"
-
-
-def comparison(kind: str, mine: tuple[str, EvalFile, StrategyRow], other: tuple[str, EvalFile, StrategyRow]) -> Row | None:
-    """One system against another, or None where they did not answer the same questions in the same order."""
-    (stage, file, a), (against, other_file, b) = mine, other
-    if not file.item_ids or file.item_ids != other_file.item_ids:
-        return None
-    try:
-        difference, p = paired_difference(a.correct, b.correct), paired_test(a.correct, b.correct)
-    except DataError:
-        return None
-    better = "better" if difference.mean > 0 else "worse"
-    return {
-        "eval": file.eval, "kind": kind, "metric": metric_of([a.strategy]),
-        "test": "exact McNemar" if all(g in (0, 1) for g in (*a.correct, *b.correct)) else "sign flips", "stage": stage, "strategy": a.strategy, "against_stage": against,
-        "against_strategy": b.strategy, "oracle": a.oracle or b.oracle, "n": len(a.correct),
-        "accuracy": sum(a.correct) / len(a.correct), "against_accuracy": sum(b.correct) / len(b.correct),
-        "difference": difference.mean, "interval": [difference.low, difference.high], "p": p,
-        "wins": sum(x > y for x, y in zip(a.correct, b.correct)), "losses": sum(x < y for x, y in zip(a.correct, b.correct)),
-        "outcome": better if p < SIGNIFICANT else "no significant change",
-    }  # fmt: skip
 
 
 def comparisons(stages: Sequence[tuple[str, Mapping[str, EvalFile]]]) -> list[Row]:
@@ -71,36 +35,6 @@ def comparisons(stages: Sequence[tuple[str, Mapping[str, EvalFile]]]) -> list[Ro
                 if greedy is not None and row is not greedy:
                     found.append(comparison("strategy", (stage, evals[name], row), (stage, evals[name], greedy)))
     return [row for row in found if row is not None]
-
-
-def frontiers(stages: Sequence[Row]) -> list[Row]:
-    """Per eval, accuracy against cost per question of every strategy at every stage; oracles and likelihoods answer nothing.
-
-    The cost is sampled tokens, or executed FLOPs where some strategy also pays for scoring, which tokens would hide.
-    """
-    made = []
-    for name in dict.fromkeys(e["eval"] for s in stages for e in s["evals"]):
-        rows = [(s, row) for s in stages for e in s["evals"] if e["eval"] == name for row in e["strategies"]
-                if not row["oracle"] and row["strategy"] != LIKELIHOOD]  # fmt: skip
-        if not rows:
-            continue
-        points: list[Row] = [
-            {"stage": s["name"], "strategy": row["strategy"], "accuracy": row["accuracy"], "interval": row["interval"],
-             "sampled_tokens": row["per_question"]["sampled_tokens"], "executed_flops": row["per_question"]["executed_flops"]}
-            for s, row in rows
-        ]  # fmt: skip
-        scoring = any(row["per_question"]["scored_tokens"] for _, row in rows)
-        axis = "executed_flops" if scoring and all(p["executed_flops"] is not None for p in points) else "sampled_tokens"
-        for p in points:
-            p["on_frontier"] = p[axis] is not None and not any(_dominates(other, p, axis) for other in points)
-        made.append({"eval": name, "axis": axis, "points": points})
-    return made
-
-
-def _dominates(a: Row, b: Row, axis: str) -> bool:
-    if a[axis] is None or a[axis] > b[axis] or a["accuracy"] < b["accuracy"]:
-        return False
-    return a[axis] < b[axis] or a["accuracy"] > b["accuracy"]
 
 
 def primary_metric(asked: tuple[str, str] | None, stages: Sequence[Row]) -> tuple[str, str] | None:
@@ -181,21 +115,9 @@ def _reasons(
 
 
 def _cost(stages: Sequence[Row], judged: Row, before: Row, after: Row) -> Row:
-    path = [s for s in stages[1 : stages.index(judged) + 1] if s["method"] != "none"]
-    phases = [(s["ledger"] or {"phases": {}})["phases"].get("train") for s in path]
-
-    def total(read: str, role: str | None = None) -> Any:
-        values = [None if p is None else p["tokens"].get(role) if role else p[read] for p in phases]
-        known = [v for v in values if v is not None]
-        return sum(known) if known and len(known) == len(values) else None
-
-    training = {
-        "tokens": total("tokens", "stream"), "label_tokens": total("tokens", "label"),
-        "executed_flops": total("executed_flops"), "seconds": total("seconds"),
-    }  # fmt: skip
     kept = ("sampled_tokens", "executed_flops")
     return {
-        "training": training,
+        "training": training_cost(stages, judged["name"]),
         "answer": {k: after["per_question"][k] for k in kept},
         "base_answer": {k: before["per_question"][k] for k in kept},
     }
@@ -256,6 +178,8 @@ def summary(report: Mapping[str, Any]) -> str:
     lines = [found["headline"]]
     lines += [found["sentence"]] if found["primary"] else []
     lines += [found["cost_sentence"]] if found["cost_sentence"] else []
+    best = [f["sentence"] for f in report["frontiers"] if found["primary"] and f["eval"] == found["primary"]["eval"] and len(f["points"]) > 1]
+    lines += best[:1]
     if report["run"]["state"] != "finished":
         lines.append(report["run"]["state_words"])
     lines += [f"{w['level']}: {w['text']}" for w in report["warnings"] if w["about"] != "state"]

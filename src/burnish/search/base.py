@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from burnish.core.errors import ConfigError
-from burnish.core.grammar import Spec, parse
+from burnish.core.grammar import Spec, arguments, parse
 from burnish.core.records import Sampling, Spend, Trajectory
-from burnish.core.table import bind, describe_row, load_row
+from burnish.core.table import describe_row, load_row
 from burnish.engines.base import Engine, Prompt
 
 
@@ -24,10 +24,12 @@ class Judge:
 
     answer_key  completion -> what votes are counted by, None where it holds no answer; None: the task has no such key
     correct     (prompt's index, completion) -> whether it is right. It may read the gold answer: for oracles only
+    rule        (prompt's index, completion) -> whether a rule that reads no gold answer accepts it; None: there is none
     """
 
     answer_key: Callable[[str], Hashable | None] | None = None
     correct: Callable[[int, str], bool] | None = None
+    rule: Callable[[int, str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,18 @@ class Outcome:
 
     answer  the trajectory it answers with, None where it has none
     trace   everything it drew, in order; one with finish "budget" was cut by the budget and cannot be the answer
-    spend   prompt and trace as if drawn for this alone
+    spend   prompt and trace as if drawn for this alone, and what scoring them took
     grade   oracles only: the estimate itself, because they have no answer to verify
+    scores  what the scorer gave each of `whole`, None where it abstained; empty without a scorer
+    keys    what each of `whole` was counted under; empty where nothing was voted on
     """
 
     answer: Trajectory | None
     trace: tuple[Trajectory, ...]
     spend: Spend
     grade: float | None = None
+    scores: tuple[float | None, ...] = ()
+    keys: tuple[Hashable | None, ...] = ()
 
     @property
     def text(self) -> str | None:
@@ -118,6 +124,9 @@ def strategy(text: str, where: str = "strategy") -> Bound:
         raise ConfigError(
             f"{spec.name!r} takes no scorer", where=where, remedy=f"type {replace(spec, scorer=None, aggregation=None)}"
         )
-    given = {"n": spec.n, "scorer": spec.scorer, "aggregation": spec.aggregation}
-    parameters = bind(row, {k: v for k, v in given.items() if v is not None}, where)
+    parameters, faults = arguments(spec)
+    if faults:
+        needy = spec.scorer is None and parameters.get("scorer", ...) is None
+        like = f"type {replace(spec, scorer='logprob')}" if needy else None
+        raise ConfigError("\n".join(f"{spec}: {message}" for message in faults), where=where, remedy=like)
     return Bound(spec, partial(load_row("strategy", spec.name), **parameters), parameters)

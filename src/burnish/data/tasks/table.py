@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from burnish.core.table import Table
+from burnish.core.table import About, Table
 from burnish.data.tasks.letters import LETTERS
 from burnish.data.tasks.route import ROUTE
 from burnish.data.tasks.sorting import SORTING
@@ -17,4 +17,10 @@ TASKS = Table(
         "letters": LETTERS,
     },
     also={"addition": "sums", "arithmetic": "sums", "path": "route", "maze": "route", "sort": "sorting"},
+    about={
+        "sums": About(taxonomy=("B6",)),
+        "route": About(taxonomy=("B6",)),
+        "sorting": About(taxonomy=("B6",)),
+        "letters": About(taxonomy=("B6",)),
+    },
 )
