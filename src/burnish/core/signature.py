@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package
 
 @dataclass(frozen=True)
 class Parameter:
-    """One keyword-only parameter. `annotation` is its source text, `type` what that text means."""
+    """One keyword-only parameter of a function, or field of a keyword-only dataclass. `annotation` is its source text, `type` what that text means."""
 
     name: str
     annotation: str
@@ -32,7 +33,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Source:
-    """A module as parsed: its docstring, the sha256 of its bytes, and what its top-level names are."""
+    """A module as parsed: its docstring, the sha256 of its bytes, and what its top-level names are.
+
+    `notes` are the docstrings of values: a string on its own right below the assignment.
+    """
 
     path: Path
     doc: str
@@ -40,6 +44,8 @@ class Source:
     functions: Mapping[str, ast.FunctionDef]
     values: Mapping[str, ast.expr]
     imports: Mapping[str, tuple[str, str]]  # local name -> (module, name in it)
+    classes: Mapping[str, ast.ClassDef]
+    notes: Mapping[ast.expr, str]
 
 
 @lru_cache(maxsize=256)
@@ -53,8 +59,17 @@ def _parse(path: Path, changed_ns: int) -> Source:
     functions: dict[str, ast.FunctionDef] = {}
     values: dict[str, ast.expr] = {}
     imports: dict[str, tuple[str, str]] = {}
-    for node in tree.body:
+    classes: dict[str, ast.ClassDef] = {}
+    notes: dict[ast.expr, str] = {}
+    for node, below in zip(tree.body, [*tree.body[1:], None], strict=True):
+        match node, below:
+            case ast.Assign(value=value) | ast.AnnAssign(value=ast.expr() as value), ast.Expr(ast.Constant(str(text))):
+                notes[value] = inspect.cleandoc(text)
+            case _:
+                pass
         match node:
+            case ast.ClassDef():
+                classes[node.name] = node
             case ast.FunctionDef():
                 functions[node.name] = node
             case ast.Assign(targets=[ast.Name(id=name)]):
@@ -66,7 +81,7 @@ def _parse(path: Path, changed_ns: int) -> Source:
             case _:
                 pass
     sha = hashlib.sha256(data).hexdigest()
-    return Source(path, ast.get_docstring(tree) or "", sha, functions, values, imports)
+    return Source(path, ast.get_docstring(tree) or "", sha, functions, values, imports, classes, notes)
 
 
 def read_source(path: Path) -> Source:
@@ -80,11 +95,13 @@ def read_module(name: str) -> Source:
     return read_source(stem.with_suffix(".py") if stem.with_suffix(".py").exists() else stem / "__init__.py")
 
 
-def find(source: Source, node: ast.expr) -> tuple[Source, ast.FunctionDef | ast.expr]:
+def find(source: Source, node: ast.expr) -> tuple[Source, ast.FunctionDef | ast.ClassDef | ast.expr]:
     """Where a table's value is defined: in the module, or in the one it is imported from."""
     match node:
         case ast.Name(id=name) if name in source.functions:
             return source, source.functions[name]
+        case ast.Name(id=name) if name in source.classes:
+            return source, source.classes[name]
         case ast.Name(id=name) if name in source.values:
             value = source.values[name]
             return find(source, value) if isinstance(value, (ast.Name, ast.Attribute)) else (source, value)
@@ -135,19 +152,45 @@ def _type(node: ast.AST) -> Any:
 
 def parameters_of(source: Source, function: ast.FunctionDef) -> tuple[Parameter, ...]:
     """The keyword-only parameters of a function. Raises ConfigError for one that no recipe could give."""
-    found: list[Parameter] = []
-    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        text = ast.unparse(argument.annotation) if argument.annotation else "nothing"
-        try:
-            kind = _type(argument.annotation or argument)
-            value = None if default is None else ast.literal_eval(default)
-        except (ValueError, SyntaxError) as error:
-            after = f" = {ast.unparse(default)}" if default else ""
-            message = f"{function.name}({argument.arg}: {text}{after}) is not a setting a recipe can hold"
-            remedy = "annotate int, float, bool, str, Literal, list[X], tuple[X, ...] or X | None; a literal default"
-            raise unreadable(source, argument, message, f"{remedy}; or make it positional") from error
-        found.append(Parameter(argument.arg, text, kind, default is None, value))
-    return tuple(found)
+    return tuple(
+        _parameter(source, argument, function.name, argument.arg, argument.annotation, default)
+        for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    )
+
+
+def fields_of(source: Source, node: ast.Call) -> tuple[Parameter, ...] | None:
+    """The fields of the keyword-only dataclass that is called, its keywords as their defaults; None for another call.
+
+    Raises ConfigError for a field, or a keyword of the call, that no recipe could give.
+    """
+    name = node.func.id if isinstance(node.func, ast.Name) else ""
+    ours = name in source.imports and ROOT.joinpath(source.imports[name][0].split(".")[0]).is_dir()
+    home, kind = find(source, node.func) if name in source.classes or ours else (source, node)
+    if not isinstance(kind, ast.ClassDef) or not any("kw_only=True" in ast.unparse(d) for d in kind.decorator_list):
+        return None
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    return tuple(
+        _parameter(home, line, kind.name, line.target.id, line.annotation, given.get(line.target.id, line.value))
+        for line in kind.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    )
+
+
+def _parameter(
+    source: Source, where: ast.AST, owner: str, name: str, annotation: ast.expr | None, default: ast.expr | None
+) -> Parameter:
+    text = ast.unparse(annotation) if annotation else "nothing"
+    try:
+        if annotation is None:
+            raise ValueError(name)
+        kind = _type(annotation)
+        value = None if default is None else ast.literal_eval(default)
+    except (ValueError, SyntaxError) as error:
+        after = f" = {ast.unparse(default)}" if default else ""
+        message = f"{owner}({name}: {text}{after}) is not a setting a recipe can hold"
+        remedy = "annotate int, float, bool, str, Literal, list[X], tuple[X, ...] or X | None; a literal default"
+        raise unreadable(source, where, message, f"{remedy}; or make it positional") from error
+    return Parameter(name, text, kind, default is None, value)
 
 
 def wanted(kind: Any) -> str:

@@ -24,6 +24,7 @@ from burnish.core.errors import BurnishError, ConfigError
 from burnish.core.signature import (
     Parameter,
     Source,
+    fields_of,
     find,
     literal,
     parameters_of,
@@ -42,6 +43,14 @@ TABLES: dict[str, tuple[str, ...]] = {
     "task": ("burnish.data.tasks.table:TASKS",),
     "strategy": ("burnish.search.sampling:STRATEGIES",),
     "scorer": ("burnish.search.scorers:SCORERS",),
+    "policy_gradient": ("burnish.maths.settings:POLICY_GRADIENT",),
+    "advantage": ("burnish.maths.advantages:ADVANTAGES",),
+    "ratio": ("burnish.maths.ratios:RATIOS",),
+    "surrogate": ("burnish.maths.surrogates:SURROGATES",),
+    "correction": ("burnish.maths.ratios:CORRECTIONS",),
+    "kl": ("burnish.maths.divergences:KLS",),
+    "sequence_filters": ("burnish.maths.filters:SEQUENCE_FILTERS",),
+    "token_filters": ("burnish.maths.filters:TOKEN_FILTERS",),
 }
 USER_ROW = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # numbers to everyone but YAML 1.1
@@ -57,16 +66,23 @@ class UnknownName(ConfigError, KeyError):
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a row besides its code: taxonomy identifiers, paper (`arXiv:2203.11171`), year."""
+    """What is known of a row besides its code: taxonomy identifiers, paper (`arXiv:2203.11171`), year.
+
+    `bias` says of an estimator how its expectation differs from what it estimates: "none", or what is off.
+    """
 
     taxonomy: tuple[str, ...] = ()
     paper: str | None = None
     year: int | None = None
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
 class RowDescription:
-    """A row as its source shows it. `facts` are the literal keywords of a row that is an object, not a function."""
+    """A row as its source shows it. `facts` are the literal keywords of a row that is an object, not a function.
+
+    A row that is a keyword-only dataclass has its fields for parameters, what it sets for their defaults.
+    """
 
     kind: str
     name: str
@@ -150,6 +166,7 @@ def _describe(
     if isinstance(found, ast.FunctionDef):
         parameters, doc = parameters_of(home, found), ast.get_docstring(found) or ""
     elif isinstance(found, ast.Call):
+        parameters, doc = fields_of(home, found) or (), home.notes.get(found, home.doc)
         facts = {k.arg: literal(k.value) for k in found.keywords if k.arg and literal(k.value) is not ...}
     return RowDescription(kind, name, parameters, doc, home.path, found.lineno, home.sha256, about, also, facts)
 
@@ -247,11 +264,13 @@ def faults_in(row: RowDescription, params: Mapping[str, Any]) -> tuple[dict[str,
         else:
             faults.append((name, f"{shown(params[name])} given, wanted {wanted(parameter.type)}"))
             continue
-        if name in TABLES and isinstance(values[name], str):  # named after a kind of table: the name of one of its rows
-            try:
-                describe_row(name, values[name])
-            except ConfigError as error:
-                faults.append((name, error.message))
+        if name in TABLES:  # named after a kind of table: the name of one of its rows, or of several
+            several: Any = values[name] if isinstance(values[name], (list, tuple)) else [values[name]]
+            for chosen in filter(lambda value: isinstance(value, str), several):
+                try:
+                    describe_row(name, chosen)
+                except ConfigError as error:
+                    faults.append((name, error.message))
     return values, faults
 
 
@@ -261,6 +280,13 @@ def bind(row: RowDescription, params: Mapping[str, Any], where: str | None = Non
     if faults:
         raise ConfigError("\n".join(f"{row.kind}.{name}: {message}" for name, message in faults), where=where)
     return values
+
+
+def differences(one: RowDescription, other: RowDescription) -> dict[str, tuple[Any, Any]]:
+    """Parameter -> (default of one, default of the other), where they differ; ... where a row has no such parameter."""
+    mine, theirs = ({p.name: p.default for p in row.parameters} for row in (one, other))
+    pairs = {name: (mine.get(name, ...), theirs.get(name, ...)) for name in {**mine, **theirs}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def load_table(kind: str) -> Table:

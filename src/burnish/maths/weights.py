@@ -6,13 +6,14 @@ label's sequence; a sequence without labels is not in it and counts nowhere. Wei
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from burnish.core.errors import ConfigError, DataError
 from burnish.core.table import About, Table
+from burnish.maths.units import numbered
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -33,7 +34,7 @@ def sequence_mean(unit: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
     weight = 1 / (S * n_s), S sequences, n_s labels in the label's own      (eq. 3, arXiv:2402.03300)
     Beside `token_mean`: equal to it where all sequences have one length. Raises DataError when there are no labels.
     """
-    sequence, sequences = _numbered(unit)
+    sequence, sequences = numbered(_some(unit))
     return 1 / (sequences * sequence.bincount()[sequence].to(torch.float64))
 
 
@@ -43,7 +44,7 @@ def sequence_sum(unit: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
     weight = 1 / S, S sequences      (REINFORCE over whole completions, arXiv:2402.14740)
     Beside `sequence_mean`: not divided by length, so the loss grows with it. Raises DataError when there are no labels.
     """
-    return torch.full_like(_some(unit), 1 / _numbered(unit)[1], dtype=torch.float64)
+    return torch.full_like(_some(unit), 1 / numbered(unit)[1], dtype=torch.float64)
 
 
 def fixed_length(unit: Int[Tensor, "m"], *, length: int = 256) -> Float[Tensor, "m"]:
@@ -62,12 +63,6 @@ def _some(unit: Tensor) -> Tensor:
     if not len(unit):
         raise DataError("the batch has no labels: nothing to average", remedy="look at the mask and at truncation")
     return unit
-
-
-def _numbered(unit: Tensor) -> tuple[Tensor, int]:
-    """Sequence numbers 0 .. S - 1 [m], and S."""
-    found: tuple[Tensor, Tensor] = cast(Any, torch).unique(_some(unit), return_inverse=True)  # untyped in torch
-    return found[1], len(found[0])
 
 
 WEIGHTS = Table(
