@@ -155,7 +155,8 @@ def keywords(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
-def chosen(setting: Setting) -> dict[str, Callable[..., Any]]:
+@lru_cache(maxsize=256)
+def chosen(setting: Setting) -> Mapping[str, Callable[..., Any]]:
     """The live functions of a setting, by axis, filters by their own names; the KL where it has a coefficient."""
     found = {axis: load_row(axis, getattr(setting, axis)) for axis in AXES if axis != "kl" or setting.kl_coef}
     if "high_covariance" in takes(found["surrogate"]):
@@ -191,16 +192,15 @@ def _in_the_loss(setting: Setting) -> list[Callable[..., Any]]:
 
 
 def _call(function: Callable[..., Any], columns: Mapping[str, Tensor], setting: Setting) -> Tensor:
-    missing = [name for name in takes(function) if name not in columns]
-    if missing:
-        name = getattr(function, "__name__", "a row")
-        raise ConfigError(
-            f"{name} takes {missing[0]!r}, which is not among the columns",
-            where="policy gradient",
-            remedy=f"there are: {', '.join(sorted(columns))}",
-        )
+    if missing := [name for name in takes(function) if name not in columns]:
+        raise _missing(getattr(function, "__name__", "a row"), missing[0], columns)
     given = {name: getattr(setting, name, None) for name in keywords(function)}
     return function(*(columns[name] for name in takes(function)), **{k: v for k, v in given.items() if v is not None})
+
+
+def _missing(who: str, column: str, columns: Mapping[str, Tensor]) -> ConfigError:
+    remedy = f"the columns are: {', '.join(sorted(columns))}"
+    return ConfigError(f"{who} takes {column!r}, which is not among the columns", where="policy gradient", remedy=remedy)
 
 
 # ---- the whole batch, once ------------------------------------------------------------------------------------------
@@ -213,10 +213,11 @@ def advantages_of(setting: Setting, columns: Mapping[str, Tensor]) -> Float[Tens
     """
     unit, known = columns["unit"], columns["known"]
     here = {**columns, "length": unit.bincount(minlength=len(known))}
-    row = load_row("advantage", setting.advantage)
+    functions = chosen(setting)
+    row = functions["advantage"]
     by_token = {"token_reward", "unit"} & set(takes(row))
     if setting.kl_coef and setting.kl_placement == "reward":
-        token_kl = _call(load_row("kl", setting.kl), {**columns, "logprobs": columns["old_logprobs"]}, setting)
+        token_kl = _call(functions["kl"], {**columns, "logprobs": columns["old_logprobs"]}, setting)
         here |= with_kl(here, token_kl, setting.kl_coef)
     if "token_reward" not in here and "reward" in here:
         here["token_reward"] = token_rewards(here["reward"], unit)
@@ -238,7 +239,11 @@ def prepare(setting: Setting, columns: Mapping[str, Tensor]) -> dict[str, Tensor
 
     `advantage`; `weight`, 0 for sequences that are left out (they stay in the normaliser); `policy_weight`, the correction
     times the token filters that do not look at the current policy; and `high_covariance` where the surrogate takes it.
+    Raises ConfigError where a column of `needs` is missing, or as `advantages_of`.
     """
+    paid = {"reward"} if "token_reward" in columns else set[str]()
+    if missing := sorted(needs(setting) - columns.keys() - paid):
+        raise _missing("this setting", missing[0], columns)
     functions, unit = chosen(setting), columns["unit"]
     with torch.no_grad():
         made = {**columns, "advantage": advantages_of(setting, columns)}
