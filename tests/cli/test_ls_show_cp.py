@@ -76,6 +76,32 @@ def test_show_a_recipe_a_metric_and_your_own_function(capsys: Capture) -> None:
     assert "  k  a whole number; needed\n" in out(capsys, "show", "own.py:mine")
 
 
+def test_show_two_rows_says_what_differs(capsys: Capture) -> None:
+    text = out(capsys, "show", "constant", "--vs", "cosine")
+    assert text == "constant and cosine (schedule)\n         constant    cosine\n  floor  takes none  0.0\n"
+    assert as_json(capsys, "show", "simpo", "--vs", "sft")["comparisons"][0]["differences"]["beta"] == [2.0, None]
+    assert out(capsys, "show", "vote", "--vs", "vote").endswith("  They set the same.\n")
+    assert "'vote' and 'cosine' are not rows of one table" in err(capsys, "show", "vote", "--vs", "cosine")
+    assert "Did you mean 'cosine'?" in err(capsys, "show", "constant", "--vs", "cosin")
+
+
+def test_show_dapo_against_grpo_names_the_axes_and_imports_no_torch() -> None:
+    code = (
+        "import sys; from burnish.cli import invoke; assert invoke(['show', 'dapo', '--vs', 'grpo']) == 0; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["dapo", "and", "grpo", "(policy_gradient)"],
+        ["dapo", "grpo"],
+        ["weights", "token_mean", "sequence_mean"],
+        ["kl_coef", "0.0", "0.04"],
+        ["sequence_filters", '["dead_groups"]', "[]"],
+        ["clip_high", "0.28", "0.2"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [

@@ -9,7 +9,17 @@ import pytest
 
 from burnish.core.errors import ConfigError
 from burnish.core.signature import parameters_of, read_source, wanted
-from burnish.core.table import About, Table, bind, describe, describe_row, did_you_mean, faults_in, load_row
+from burnish.core.table import (
+    About,
+    Table,
+    bind,
+    describe,
+    describe_row,
+    did_you_mean,
+    differences,
+    faults_in,
+    load_row,
+)
 from tests.config.tables import tables  # noqa: F401
 
 OWN = '''
@@ -201,3 +211,61 @@ def test_a_second_name_of_a_function_is_that_function(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text("def f(*, k: int = 2): ...\ng = f\n")
     assert [str(p) for p in describe_row("method", f"{path}:g").parameters] == ["k=2"]
+
+
+OBJECTS = '''
+from dataclasses import dataclass
+from fractions import Fraction
+from burnish.core.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    weights: str = "token_mean"
+    clip: float | None = None
+    filters: tuple[str, ...] = ()
+    needed: int
+
+
+NEAR = Setting(clip=0.2, needed=3)
+"""Near (arXiv:2401.00001).
+
+    loss = x
+"""
+
+FAR = Setting(weights="sequence_mean", filters=("dead",))
+PART = Fraction(1, 3)
+"""A number."""
+
+POINTS = Table("point", {"near": NEAR, "far": FAR, "part": PART})
+"""Not of a row."""
+'''
+
+
+def test_a_keyword_only_dataclass_shows_its_fields_and_the_string_below_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "points.py").write_text(OBJECTS)
+    monkeypatch.setattr("burnish.core.signature.ROOT", tmp_path)
+    monkeypatch.setattr("burnish.core.table.TABLES", {"point": ("toy.points:POINTS",)})
+    near, far, part = describe("point").values()
+    assert [str(p) for p in near.parameters] == ["weights='token_mean'", "clip=0.2", "filters=()", "needed=3"]
+    assert near.doc == "Near (arXiv:2401.00001).\n\nloss = x" and near.citation == "arXiv:2401.00001"
+    assert far.parameters[3].required and far.doc == "" and part.parameters == () and part.doc == "A number."
+    assert near.facts == {"clip": 0.2, "needed": 3}
+    assert differences(near, far) == {
+        "weights": ("token_mean", "sequence_mean"),
+        "clip": (0.2, None),
+        "filters": ((), ("dead",)),
+        "needed": (3, None),
+    }
+    assert differences(near, part)["clip"] == (0.2, ...) and differences(near, near) == {}
+    assert bind(near, {"filters": ["a"], "clip": None})["filters"] == ("a",)
+
+
+def test_a_keyword_that_is_no_literal_is_refused(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OBJECTS + "\nimport math\nODD = Setting(clip=math.pi, needed=1)\n")
+    with pytest.raises(ConfigError, match=r"Setting\(clip: float \| None = math.pi\) is not a setting"):
+        describe_row("point", f"{own}:ODD")

@@ -177,7 +177,10 @@ def test_groups_of_equal_rewards_have_exactly_zero_gradient(row: str) -> None:
         mixed[name][dead] = 0.1
     got = gradient(setting, mixed)
     assert bool((got[dead[mixed["unit"]]] == 0).all()) and bool((got != 0).any())
-    assert_close(prepare(setting, mixed)["weight"][~dead[mixed["unit"]]], prepare(without_kl(row), mixed)["weight"][~dead[mixed["unit"]]])
+    assert_close(
+        prepare(setting, mixed)["weight"][~dead[mixed["unit"]]],
+        prepare(without_kl(row), mixed)["weight"][~dead[mixed["unit"]]],
+    )
 
 
 # ---- invariances ----------------------------------------------------------------------------------------------------
@@ -212,7 +215,9 @@ def test_the_order_of_completions_changes_nothing(row: str) -> None:
     moved = torch.cat([(columns["unit"] == i).nonzero()[:, 0] for i in order])
     other["noise"] = columns["noise"][moved]
     there = off_policy(columns)
-    assert_close(gradient(setting, other, there[moved]), gradient(setting, columns, there)[moved], rtol=1e-10, atol=1e-13)
+    assert_close(
+        gradient(setting, other, there[moved]), gradient(setting, columns, there)[moved], rtol=1e-10, atol=1e-13
+    )
 
 
 @ROWS

@@ -93,7 +93,10 @@ def test_rewards_apart_keep_what_their_sum_loses() -> None:
     assert_close(got, s / s.std())
     summed = rows.group_standardised(rewards.sum(1), torch.ones(4, dtype=torch.bool), group)
     assert summed[2] - summed[0] < 0.02 * (summed[0] - summed[1])  # the small reward is drowned
-    assert_close(rows.per_reward_normalised(rewards, known, group, t(1, 0), epsilon=0.0), t(z, -z, z, -z) / (t(z, -z, z, -z)).std())
+    assert_close(
+        rows.per_reward_normalised(rewards, known, group, t(1, 0), epsilon=0.0),
+        t(z, -z, z, -z) / (t(z, -z, z, -z)).std(),
+    )
     partly = known.clone()
     partly[0, 1] = False
     got = rows.per_reward_normalised(torch.where(partly, rewards, float("nan")), partly, group, t(1, 1))
@@ -149,7 +152,7 @@ def test_gae_at_its_ends_and_by_hand() -> None:
 def test_gae_of_one_unit_does_not_see_the_others() -> None:
     whole = rows.gae(PAID, VALUES, UNIT)
     for unit in UNIT.unique():
-        here = UNIT == unit
+        here = unit == UNIT
         assert_close(rows.gae(PAID[here], VALUES[here], UNIT[here]), whole[here])
         other = torch.where(here, VALUES, 1e6)
         assert_close(rows.gae(PAID, other, UNIT)[here], whole[here])
@@ -162,7 +165,7 @@ def test_process_credit_by_hand() -> None:
     assert_close(got, t(0 - 1, 0 - 1, -1, 1, 1))
     outcome = rows.process(t(3, 5), KNOWN[:2], torch.tensor([2, 4]), group, unit)
     assert_close(outcome, rows.group_standardised(t(3, 5), KNOWN[:2], group)[unit])
-    with pytest.raises(DataError, match="outside entries 0 .. 4"):
+    with pytest.raises(DataError, match=r"outside entries 0 \.\. 4"):
         rows.process(reward, torch.ones(3, dtype=torch.bool), ends + 1, group, unit)
 
 

@@ -57,7 +57,9 @@ def test_one_token_makes_the_sequence_ratio_the_tokens() -> None:
     assert_close(ratios.sequence(OLD + MOVED, OLD, unit), ratios.token(OLD + MOVED, OLD))
 
 
-SAMPLER = OLD - torch.tensor([log(3.0), log(0.25), log(1.5), log(8.0)], dtype=torch.float64)  # old / sampler: 3, .25, 1.5, 8
+SAMPLER = OLD - torch.tensor(
+    [log(3.0), log(0.25), log(1.5), log(8.0)], dtype=torch.float64
+)  # old / sampler: 3, .25, 1.5, 8
 
 
 def test_corrections_by_hand() -> None:

@@ -14,7 +14,9 @@ from burnish.maths import surrogates as rows
 from burnish.maths.surrogates import SURROGATES
 
 
-def at(f, ratio: list[float], advantage: list[float], *extra: Tensor, **options: float) -> tuple[list[float], list[float]]:
+def at(
+    f, ratio: list[float], advantage: list[float], *extra: Tensor, **options: float
+) -> tuple[list[float], list[float]]:
     """(loss, d loss / d log-ratio)."""
     log_ratio = torch.tensor([log(r) for r in ratio], dtype=torch.float64, requires_grad=True)
     loss = f(log_ratio, torch.tensor(advantage, dtype=torch.float64), *extra, **options)

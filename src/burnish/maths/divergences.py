@@ -13,6 +13,7 @@ drawn from p, E[k1] = E[k3] = KL(p || q); k2 is biased in value. What is *differ
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,7 @@ def exact_kl(p: Float[Tensor, "n v"], q: Float[Tensor, "n v"]) -> Float[Tensor, 
 
 def exact_jsd(p: Float[Tensor, "n v"], q: Float[Tensor, "n v"]) -> Float[Tensor, "n"]:
     """(KL(p || (p+q)/2) + KL(q || (p+q)/2)) / 2, from log-probs: symmetric, at most log 2 (Lin 1991, no paper)."""
-    middle = torch.logaddexp(p, q) - torch.tensor(2.0).log().to(p)
+    middle = torch.logaddexp(p, q) - log(2)
     return (exact_kl(p, middle) + exact_kl(q, middle)) / 2
 
 
