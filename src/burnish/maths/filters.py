@@ -49,7 +49,7 @@ def off_policy(
 ) -> Bool[Tensor, "m"]:
     """Drop sequences of negative advantage that the policy has left: mean_t log(p_sampler / p) > limit.
 
-    (Off-policy sequence masking: arXiv:2512.02556, which prints no limit.) What it would push down further is
+    (Off-policy sequence masking: eq. 9, arXiv:2512.02556, which prints no limit.) What it would push down further is
     already unlikely. Raises ConfigError for a limit that is not positive.
     """
     if not off_policy_limit > 0:
