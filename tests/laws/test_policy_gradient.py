@@ -36,8 +36,8 @@ POLICY, REFERENCE = enumerated.table(0), enumerated.table(1).detach()
 REWARD = torch.rand(len(COMPLETIONS), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 SHARE = torch.rand(len(COMPLETIONS), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 VALUE = torch.rand(len(enumerated.TOKEN), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-MIXED = (3, 0, 7, 14, 1, 2, 9, 9, 4, 11, 6, 0)  # completions of a batch of three groups
-GROUPED = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
+MIXED = (3, 0, 7, 14, 1, 2, 9, 9, 4, 11, 6, 0)  # completions of a batch of four groups
+GROUPED = torch.arange(4).repeat_interleave(3)
 
 
 def columns_of(drawn: tuple[int, ...], group: Tensor | None = None, reward: Tensor = REWARD) -> dict[str, Tensor]:
@@ -165,8 +165,8 @@ def test_kl_in_the_loss_adds_its_own_gradient_and_nothing_else(row: str) -> None
 def test_groups_of_equal_rewards_have_exactly_zero_gradient(row: str) -> None:
     """By themselves where the baseline is the group's; else with the filter, which every row may be given."""
     columns = columns_of(MIXED, GROUPED)
-    for name, value in (("reward", 0.1), ("step_reward", 0.1), ("rewards", 0.1)):
-        columns[name] = torch.full_like(columns[name], value)  # the mean of three 0.1 is not 0.1
+    for name in ("reward", "step_reward", "rewards"):
+        columns[name] = torch.full_like(columns[name], 0.1)  # the mean of three 0.1 is not 0.1
     setting = without_kl(row) if by_group(row) else override(without_kl(row), sequence_filters=("dead_groups",))
     for logprobs in (columns["old_logprobs"], off_policy(columns)):
         assert bool((gradient(setting, columns, logprobs) == 0).all())

@@ -67,7 +67,8 @@ GROUPED = ("leave_one_out", "group_centred", "group_standardised")
 @pytest.mark.parametrize("row", GROUPED)
 def test_equal_rewards_and_lone_samples_are_exactly_zero(row: str) -> None:
     f = rows.ADVANTAGES[row]
-    assert f(torch.full((6,), 0.1), KNOWN, GROUP).tolist() == [0.0] * 6  # their mean is not 0.1 in fp32
+    equal = torch.full((6,), 0.9)  # the mean of three of them is not 0.9 in fp32
+    assert f(equal, KNOWN, GROUP).tolist() == [0.0] * 6
     assert f(REWARD[:1], KNOWN[:1], GROUP[:1]).tolist() == [0.0]  # verl: the raw reward
     alone = torch.tensor([True, False, False, True, True, True])
     assert f(REWARD, alone, GROUP)[:3].tolist() == [0.0] * 3

@@ -221,8 +221,6 @@ def advantages_of(setting: Setting, columns: Mapping[str, Tensor]) -> Float[Tens
         here |= with_kl(here, token_kl, setting.kl_coef)
     if "token_reward" not in here and "reward" in here:
         here["token_reward"] = token_rewards(here["reward"], unit)
-    if "token_reward" in here:  # an unscored unit's reward is no number to be summed
-        here["token_reward"] = torch.where(known[unit], here["token_reward"], 0.0)
     found = _call(row, here, setting)
     scale = {} if setting.epsilon is None else {"epsilon": setting.epsilon}
     if setting.whiten == "units":
