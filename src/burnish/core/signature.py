@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package
 
 @dataclass(frozen=True)
 class Parameter:
-    """One keyword-only parameter of a function, or field of a keyword-only dataclass. `annotation` is its source text, `type` what that text means."""
+    """One keyword-only parameter of a function, or field of a keyword-only dataclass.
+
+    `annotation` is its source text, `type` what that text means.
+    """
 
     name: str
     annotation: str

@@ -1,13 +1,15 @@
 """Advantages: what a completion, or a token of it, was worth beyond a baseline. Nothing here is differentiated.
 
-Axes: m entries, u units, p steps, c reward components. A row takes what it needs by name: one that takes `value` needs a
-critic, one that takes `greedy_reward` a greedy answer to each prompt. `known` is False where no reward came (a verifier
-abstained or broke): such a unit leaves every baseline and gets advantage 0. Returns [u], or [m] where credit is by token.
+Axes: m entries, u units, p steps, c reward components. A row takes what it needs by name: one that takes `value`
+needs a critic, one that takes `greedy_reward` a greedy answer to each prompt. `known` is False where no reward came
+(a verifier abstained or broke): such a unit leaves every baseline and gets advantage 0. Returns [u], or [m] where
+credit is by token.
 
-Where spread divides, it is the unbiased standard deviation (n - 1, as torch.std, which the libraries people compare with
-use) plus epsilon, the same 1e-4 in all rows. Its size matters only for groups that are almost constant: 1e-4 keeps
-differences far below it (rounding, a tiny length penalty) from being blown up to unit size, as 1e-9 would. A group whose
-known rewards are all equal, or are fewer than two, has nothing to compare and gets exactly 0, not rounding over epsilon.
+Where spread divides, it is the unbiased standard deviation (n - 1, as torch.std, which the libraries people compare
+with use) plus epsilon, the same 1e-4 in all rows. Its size matters only for groups that are almost constant: 1e-4 keeps
+differences far below it (rounding, a tiny length penalty) from being blown up to unit size, as 1e-9 would. A group
+whose known rewards are all equal, or are fewer than two, has nothing to compare and gets exactly 0, not rounding over
+epsilon.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def next_trace(
     """The state of `ema` after a batch: (decayed sum of batch means, its weight). It starts as (0, 0).
 
     trace' = decay * trace + (1 - decay) * (mean r, 1): dividing the two is Adam's correction of the start (section 3,
-    arXiv:1412.6980). A batch without a known reward leaves the state as it was. Raises ConfigError for decay outside [0, 1).
+    arXiv:1412.6980). A batch without a known reward leaves the state as it was. Raises ConfigError for decay outside
+    [0, 1).
     """
     if not 0 <= decay < 1:
         raise ConfigError(f"{decay} given, wanted 0 <= decay < 1", where="decay")
@@ -108,8 +111,8 @@ def group_standardised(
 ) -> Float[Tensor, "u"]:
     """In standard deviations of the group: A_i = (r_i - mean r) / (std r + epsilon).
 
-    (GRPO: section 4.1.2, arXiv:2402.03300; std and epsilon as this module says.) Beside `group_centred`: biased, because
-    the spread that divides depends on the sample.
+    (GRPO: section 4.1.2, arXiv:2402.03300; std and epsilon as this module says.) Beside `group_centred`: biased,
+    because the spread that divides depends on the sample.
     """
     index, size, _, live = _groups(reward, known, group)
     centred = group_centred(reward, known, group)
@@ -144,7 +147,8 @@ def per_reward_normalised(
 
     S_i = sum_c w_c (r_ic - mean r_c) / (std r_c + epsilon),   A_i = S_i / (std S + epsilon)   (GDPO: arXiv:2601.05242)
     Beside `group_standardised` of the sum: a reward of small range is not drowned, and (1, 0) differs from (0, 1). The
-    paper also subtracts the batch mean of S, which is zero by construction; leaving it out keeps dead groups at exactly 0.
+    paper also subtracts the batch mean of S, which is zero by construction; leaving it out keeps dead groups at
+    exactly 0.
     """
     columns = [
         weight * group_standardised(rewards[:, c], rewards_known[:, c], group, epsilon=epsilon)
@@ -162,8 +166,9 @@ def pass_at_k(
 
     With N samples, W of them wrong:  R = 1 - C(W, k) / C(N, k),  sigma = sqrt(R (1 - R))
     A(right) = (1 - R) / sigma,   A(wrong) = (1 - R - C(W-1, k-1) / C(N-1, k-1)) / sigma     (arXiv:2508.10751)
-    Beside `group_standardised` (k = 1, up to its unbiased deviation): easy prompts stop counting once k samples suffice.
-    Raises DataError for a known reward that is neither 0 nor 1 and ConfigError where a group is smaller than k.
+    Beside `group_standardised` (k = 1, up to its unbiased deviation): easy prompts stop counting once k samples
+    suffice. Raises DataError for a known reward that is neither 0 nor 1 and ConfigError where a group is smaller than
+    k.
     """
     if bool((known & (reward != 0) & (reward != 1)).any()):
         raise DataError("a reward is neither 0 nor 1", where="pass_at_k", remedy="use group_standardised")
@@ -200,8 +205,8 @@ def gae(
     """Generalised advantage estimation over the critic's values, `value[t]` being that of the state before token t.
 
     A_t = sum_k (gamma lam)^k delta_(t+k),   delta_t = r_t + gamma V_(t+1) - V_t,   V = 0 after the last token
-    (eq. 16, arXiv:1506.02438.) lam = 1 is the return minus V, lam = 0 the TD error. Beside `to_go`: less variance, and bias
-    wherever the critic is wrong and lam < 1.
+    (eq. 16, arXiv:1506.02438.) lam = 1 is the return minus V, lam = 0 the TD error. Beside `to_go`: less variance, and
+    bias wherever the critic is wrong and lam < 1.
     """
     following = torch.where(last_of_unit(unit), 0.0, value.roll(-1))
     return suffix_sum(token_reward + gamma * following - value, unit, gamma * lam)
@@ -216,11 +221,11 @@ def process(
     *,
     epsilon: float = 1e-4,
 ) -> Float[Tensor, "m"]:
-    """Step rewards in standard deviations over *all* steps of the group; a token gets those of the steps that end after it.
+    """Step rewards in standard deviations over *all* the group's steps; a token gets those of the steps that end after it.
 
     A_t = sum over steps j with end(j) >= t of (r_j - mean r) / (std r + epsilon)      (section 4.1.3, arXiv:2402.03300)
-    `step_end` is the entry of a step's last label. Beside `group_standardised`: equal to it where each unit has one step,
-    ending at its last token. Raises DataError where a step ends outside the batch.
+    `step_end` is the entry of a step's last label. Beside `group_standardised`: equal to it where each unit has one
+    step, ending at its last token. Raises DataError where a step ends outside the batch.
     """
     if bool(((step_end < 0) | (step_end >= len(unit))).any()):
         raise DataError(f"a step ends outside entries 0 .. {len(unit) - 1}", where="step_end")
@@ -241,7 +246,7 @@ def whiten(advantage: Float[Tensor, "k"], counted: Bool[Tensor, "k"], *, epsilon
 
 
 def _groups(reward: Tensor, known: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(index [u], known rewards of each group [g], their mean [g], whether a unit is known and its group varies [u])."""
+    """(index [u], known rewards of a group [g], their mean [g], whether a unit is known and its group varies [u])."""
     index, count = numbered(group)
     size = totals(known.to(reward.dtype), index, count)
     mean = totals(torch.where(known, reward, 0.0), index, count) / size.clamp(min=1)

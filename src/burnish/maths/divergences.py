@@ -1,11 +1,12 @@
-"""KL between policies: estimates from sampled tokens, exact values for distributions at hand, and coefficients that adapt.
+"""KL between policies: estimates from sampled tokens, exact values, and coefficients that adapt.
 
-Axes: m entries, u units, n distributions, v vocabulary. With x = log p - log q, p the policy, q the reference, and tokens
-drawn from p, E[k1] = E[k3] = KL(p || q); k2 is biased in value. What is *differentiated* matters more than the value:
+Axes: m entries, u units, n distributions, v vocabulary. With x = log p - log q, p the policy, q the reference, and
+tokens drawn from p, E[k1] = E[k3] = KL(p || q); k2 is biased in value. What is *differentiated* matters more than the
+value:
 
     in the reward   the score function multiplies the estimate, so only k1 gives the gradient of KL(p || q);
-    in the loss     the estimate itself is differentiated: k2 gives the gradient of KL(p || q), k3 that of KL(q || p), and
-                    k1 nothing at all, E[d log p] = 0; `k3_unbiased` carries the ratio and gives that of KL(p || q).
+    in the loss     the estimate itself is differentiated: k2 gives the gradient of KL(p || q), k3 that of KL(q || p),
+                    and k1 nothing at all, E[d log p] = 0; `k3_unbiased` carries the ratio and gives that of KL(p || q).
 
 (arXiv:2506.09477 works these out; tests/maths/test_divergences.py enumerates them.)
 """
@@ -33,7 +34,7 @@ def k1(logprobs: Float[Tensor, "m"], ref_logprobs: Float[Tensor, "m"]) -> Float[
 
 
 def k2(logprobs: Float[Tensor, "m"], ref_logprobs: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
-    """Half the squared log-ratio: x^2 / 2; biased in value, right in gradient on tokens of p (Schulman 2020, no paper)."""
+    """Half the squared log-ratio: x^2 / 2; biased in value, right in gradient on p's tokens (Schulman 2020, no paper)."""
     return (logprobs - ref_logprobs) ** 2 / 2
 
 
@@ -105,7 +106,8 @@ def with_kl(columns: Mapping[str, Tensor], token_kl: Float[Tensor, "m"], kl_coef
 def proportional_coef(kl_coef: float, kl: float, *, target: float, gain: float = 0.1) -> float:
     """The next coefficient, moved by the relative error: beta' = beta (1 + gain * clip(KL / target - 1, -0.2, 0.2)).
 
-    (Section 2.2, arXiv:1909.08593.) Raises ConfigError for a target or coefficient that is not positive: 0 stays 0 for ever.
+    (Section 2.2, arXiv:1909.08593.) Raises ConfigError for a target or coefficient that is not positive: 0 stays 0
+    for ever.
     """
     _positive(kl_coef, target)
     return kl_coef * (1 + gain * min(0.2, max(-0.2, kl / target - 1)))

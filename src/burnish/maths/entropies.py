@@ -1,7 +1,7 @@
 """Entropy of the policy: exact from logits, with its gradient, and coefficients of a bonus that adapt.
 
-Axes: n rows, v vocabulary, m entries, u units. A bonus needs the distribution: - log p of the sampled token estimates the
-entropy, but its gradient, E[d log p] = 0, is no gradient of the entropy.
+Axes: n rows, v vocabulary, m entries, u units. A bonus needs the distribution: - log p of the sampled token estimates
+the entropy, but its gradient, E[d log p] = 0, is no gradient of the entropy.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def variance_coef(
 ) -> float:
     """The bonus of a batch, small where rewards spread: lambda = largest * exp(- steepness * Var(r)).
 
-    (Eq. 22, arXiv:2503.06072: that survey's own idea, which it lays to DeepSeek-R1 without ground.) Biased variance over
-    the known rewards: one reward has none. Raises DataError where no reward is known.
+    (Eq. 22, arXiv:2503.06072: that survey's own idea, which it lays to DeepSeek-R1 without ground.) Biased variance
+    over the known rewards: one reward has none. Raises DataError where no reward is known.
     """
     if not bool(known.any()):
         raise DataError("no reward is known", where="variance_coef")

@@ -1,8 +1,8 @@
 """What is left out of the loss: masks, True where it counts, never tensors of another shape.
 
-Axes: m entries, u units. A sequence filter takes whole completions out, their KL included; a token filter stops the policy
-term of single labels, whose KL to a reference is still paid. Both leave the weights alone: what is left out stays in the
-normaliser, so a filter never makes the rest louder. Rows take what they need by name.
+Axes: m entries, u units. A sequence filter takes whole completions out, their KL included; a token filter stops the
+policy term of single labels, whose KL to a reference is still paid. Both leave the weights alone: what is left out
+stays in the normaliser, so a filter never makes the rest louder. Rows take what they need by name.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def dead_groups(reward: Float[Tensor, "u"], known: Bool[Tensor, "u"], group: Int[Tensor, "u"]) -> Bool[Tensor, "u"]:
     """Keep groups whose known rewards differ; all right or all wrong says nothing of what was better.
 
-    (Dynamic sampling: section 3.2, arXiv:2503.14476, which also draws others in their place.) Advantages within a group are
-    zero there already: this also stops the KL to the reference, and baselines from outside the group.
+    (Dynamic sampling: section 3.2, arXiv:2503.14476, which also draws others in their place.) Advantages within a
+    group are zero there already: this also stops the KL to the reference, and baselines from outside the group.
     """
     return varies(reward, known, group)
 
@@ -86,7 +86,7 @@ def clip_cov(
 def soft_overlong(length: Int[Tensor, "u"], *, longest: int, cushion: int) -> Float[Tensor, "u"]:
     """What is added to the reward of a long completion: 0 to -1 over the last `cushion` tokens, -1 beyond.
 
-    0 for l <= longest - cushion;  ((longest - cushion) - l) / cushion up to longest;  -1 above      (eq. 13, arXiv:2503.14476)
+    0 for l <= longest - cushion;  ((longest - cushion) - l) / cushion up to longest;  -1 above   (eq. 13, arXiv:2503.14476)
     A shaping of the reward, not a filter. Raises ConfigError unless 1 <= cushion <= longest.
     """
     if not 1 <= cushion <= longest:

@@ -35,7 +35,8 @@ def oreo_policy(
 
     (V(s_a) - R + beta d_a + sg[beta sum_(b > a) d_b])^2,   d_a = log p(a | s_a) - log p_ref(a | s_a), beta = kl_coef
     (OREO: arXiv:2412.16145; R is the unit's outcome, V carries no gradient here.) One action a token, step or
-    response gives its three levels. A survey prints it without the stopped sum: that residual is not zero at the optimum.
+    response gives its three levels. A survey prints it without the stopped sum: that residual is not zero at the
+    optimum.
     """
     gap = totals(logprobs - ref_logprobs, action, len(action_unit))
     later = suffix_sum(gap.detach(), action_unit) - gap.detach()
@@ -66,7 +67,7 @@ def oreo_value(
 def soft_value(
     reward: Float[Tensor, "u"], known: Bool[Tensor, "u"], group: Int[Tensor, "u"], *, value_coef: float = 0.5
 ) -> Float[Tensor, "u"]:
-    """The optimal value of a prompt from samples of the reference: V* = b log mean exp(r / b), at every unit of a group.
+    """The optimal value of a prompt from samples of the reference: V* = b log mean exp(r / b), at each unit of a group.
 
     (A*-PO, stage 1: arXiv:2505.20686; b = value_coef.) Only known rewards count; a group without one gets 0.
     Raises ConfigError for a coefficient that is not positive.
@@ -89,7 +90,7 @@ def a_star(
     *,
     kl_coef: float = 1e-3,
 ) -> Float[Tensor, "u"]:
-    """Regress the policy's implied reward onto the optimal advantage: (beta log(p / p_ref) - (r - V*))^2, beta = kl_coef.
+    """Regress the implied reward onto the optimal advantage: (beta log(p / p_ref) - (r - V*))^2, beta = kl_coef.
 
     (A*-PO, stage 2: arXiv:2505.20686.) One sample a prompt is enough; zero for every completion at the optimum
     p* = p_ref exp((r - V*) / beta). Raises ConfigError for a coefficient that is not positive.
@@ -108,7 +109,7 @@ def minimum_risk(
     *,
     sharpness: float = 5e-3,
 ) -> Float[Tensor, "u"]:
-    """Expected cost under the policy renormalised on the samples of a prompt: Q_i * cost_i; summed over a group, its risk.
+    """Expected cost under the policy renormalised on a prompt's samples: Q_i * cost_i; summed over a group, its risk.
 
     Q_i = p(y_i)^alpha / sum_j p(y_j)^alpha      (minimum risk training: arXiv:1512.02433; alpha = sharpness)
     The samples of a group should be distinct. Raises ConfigError for a sharpness that is not positive.

@@ -200,7 +200,8 @@ def _call(function: Callable[..., Any], columns: Mapping[str, Tensor], setting: 
 
 def _missing(who: str, column: str, columns: Mapping[str, Tensor]) -> ConfigError:
     remedy = f"the columns are: {', '.join(sorted(columns))}"
-    return ConfigError(f"{who} takes {column!r}, which is not among the columns", where="policy gradient", remedy=remedy)
+    message = f"{who} takes {column!r}, which is not among the columns"
+    return ConfigError(message, where="policy gradient", remedy=remedy)
 
 
 # ---- the whole batch, once ------------------------------------------------------------------------------------------
@@ -235,9 +236,9 @@ def advantages_of(setting: Setting, columns: Mapping[str, Tensor]) -> Float[Tens
 def prepare(setting: Setting, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an objective captures, for the whole batch and without a gradient; all [m].
 
-    `advantage`; `weight`, 0 for sequences that are left out (they stay in the normaliser); `policy_weight`, the correction
-    times the token filters that do not look at the current policy; and `high_covariance` where the surrogate takes it.
-    Raises ConfigError where a column of `needs` is missing, or as `advantages_of`.
+    `advantage`; `weight`, 0 for sequences that are left out (they stay in the normaliser); `policy_weight`, the
+    correction times the token filters that do not look at the current policy; and `high_covariance` where the
+    surrogate takes it. Raises ConfigError where a column of `needs` is missing, or as `advantages_of`.
     """
     paid = {"reward"} if "token_reward" in columns else set[str]()
     if missing := sorted(needs(setting) - columns.keys() - paid):
@@ -264,8 +265,8 @@ def prepare(setting: Setting, columns: Mapping[str, Tensor]) -> dict[str, Tensor
 def objective_of(setting: Setting, columns: Mapping[str, Tensor]) -> Objective:
     """The loss of a micro-batch: sum_t w_t (policy_weight_t * surrogate_t + kl_coef * KL_t).
 
-    `columns` are [m] of the micro-batch: those of `prepare`, and those of `needs` that the ratio, the surrogate, the KL and
-    late token filters take. Raises ConfigError, when called, where one is missing.
+    `columns` are [m] of the micro-batch: those of `prepare`, and those of `needs` that the ratio, the surrogate, the
+    KL and late token filters take. Raises ConfigError, when called, where one is missing.
     """
     functions = chosen(setting)
     late = [functions[name] for name in setting.token_filters if "logprobs" in takes(functions[name])]

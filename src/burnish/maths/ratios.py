@@ -1,7 +1,7 @@
 """Log-ratios of policy to old policy, and weights that correct for a sampler that is not quite the old policy.
 
-Axes: m entries. A ratio is returned as its logarithm and carries the gradient; a correction carries none. Both take what
-they need by name. "Old" is the policy at the start of the optimiser batch, "sampler" what drew the tokens.
+Axes: m entries. A ratio is returned as its logarithm and carries the gradient; a correction carries none. Both take
+what they need by name. "Old" is the policy at the start of the optimiser batch, "sampler" what drew the tokens.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def truncated(
 ) -> Float[Tensor, "m"]:
     """Importance weight of trainer over sampler, cut above: w_t = min(p_old(y_t) / p_sampler(y_t), high).
 
-    (Truncated importance sampling: Ionides 2008, JCGS 17:295; for trainer and sampler: Yao et al. 2025, no paper.) Biased
-    only where the cut binds; beside `masked` a token that is cut still counts.
+    (Truncated importance sampling: Ionides 2008, JCGS 17:295; for trainer and sampler: Yao et al. 2025, no paper.)
+    Biased only where the cut binds; beside `masked` a token that is cut still counts.
     """
     return (old_logprobs - sampler_logprobs).exp().clamp(max=_positive(correction_high))
 
@@ -125,7 +125,7 @@ def sequence_masked(
     correction_low: float = 0.0,
     correction_high: float = 2.0,
 ) -> Float[Tensor, "m"]:
-    """`masked` of whole sequences: the sequence's weight inside [low, high], else none of its tokens count (no paper)."""
+    """`masked` of whole sequences: the sequence's weight inside [low, high], else no token of it counts (no paper)."""
     return _inside(_product(old_logprobs, sampler_logprobs, unit), correction_low, correction_high)
 
 

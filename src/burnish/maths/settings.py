@@ -1,8 +1,8 @@
 """The named points of the policy-gradient grid: each method as published, one declaration a method.
 
-What differs between two of them is what their declarations differ in: `burnish show dapo --vs grpo`. Any axis may be given
-another value (`policy_gradient.override`). `bias` says how the expected gradient differs from that of the expected reward
-where the policy is still the one that sampled.
+What differs between two of them is what their declarations differ in: `burnish show dapo --vs grpo`. Any axis may be
+given another value (`policy_gradient.override`). `bias` says how the expected gradient differs from that of the
+expected reward where the policy is still the one that sampled.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ PPO = Setting(
     kl_placement="reward",
     weights="token_mean",
 )
-"""Proximal policy optimisation: GAE over a critic, clipped ratio to the *old* policy, KL to the reference in the reward.
+"""Proximal policy optimisation: GAE over a critic, clipped ratio to the *old* policy, KL to a reference in the reward.
 
-    loss = - min(rho A, clip(rho, 1 - eps, 1 + eps) A)      (eq. 7, arXiv:1707.06347; with a reference: arXiv:2203.02155)
+    loss = - min(rho A, clip(rho, 1 - eps, 1 + eps) A)   (eq. 7, arXiv:1707.06347; with a reference: arXiv:2203.02155)
 """
 
 PPO_KL = Setting(
@@ -97,7 +97,7 @@ GRPO = Setting(
 )
 """Group relative policy optimisation: rewards in standard deviations of the prompt's group, no critic.
 
-    A_i = (r_i - mean r) / (std r + eps);  loss = mean_i 1/|y_i| sum_t [- clip loss + beta k3]      (eq. 3, arXiv:2402.03300)
+    A_i = (r_i - mean r) / (std r + eps);  loss = mean_i 1/|y_i| sum_t [- clip loss + beta k3]   (eq. 3, arXiv:2402.03300)
 The division by length and by deviation are the published biases: `dr_grpo` drops both, `dapo` the first.
 """
 
@@ -109,7 +109,7 @@ GRPO_PROCESS = Setting(
     kl_coef=0.04,
     weights="sequence_mean",
 )
-"""GRPO with process supervision: step rewards standardised over the group's steps, credit from each step's end backwards.
+"""GRPO with process supervision: step rewards standardised over the group's steps, credit back from each step's end.
 
     A_t = sum over steps that end at or after t of (r_j - mean) / (std + eps)      (section 4.1.3, arXiv:2402.03300)
 Beside `grpo`: equal to it with one step a completion, ending at its last token.
@@ -270,7 +270,7 @@ POLICY_GRADIENT = Table(
             taxonomy=("P9",),
             paper="arXiv:2402.03300",
             year=2024,
-            bias="divided by the deviation of the group's steps and the sequence's length; k3 in the loss pulls by the forward KL",
+            bias="divided by the deviation of the group's steps and the length; k3 in the loss pulls by the forward KL",
         ),
         "dr_grpo": About(
             taxonomy=("Z2",),

@@ -1,6 +1,7 @@
 """Surrogates: the loss of each token from its log-ratio and advantage. To be minimised, unreduced.
 
-Axes: m entries. All have the gradient - A d log p at ratio 1; they differ in what becomes of it as the ratio moves away.
+Axes: m entries. All have the gradient - A d log p at ratio 1; they differ in what becomes of it as the ratio moves
+away.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def reinforce(log_ratio: Float[Tensor, "m"], advantage: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
     """Importance-weighted policy gradient, not limited: loss = - rho A.
 
-    With ratio `none` this is REINFORCE, whose gradient is - A d log p      (Williams 1992; off-policy: eq. 6, arXiv:1707.06347)
+    With ratio `none` this is REINFORCE, whose gradient is - A d log p   (Williams 1992; off-policy: eq. 6, arXiv:1707.06347)
     """
     return -log_ratio.exp() * advantage
 
@@ -35,8 +36,8 @@ def clip(
 ) -> Float[Tensor, "m"]:
     """No gain from moving the ratio out of [1 - low, 1 + high]: loss = - min(rho A, clip(rho) A).
 
-    (PPO: eq. 7, arXiv:1707.06347; low and high apart: DAPO, eq. 10, arXiv:2503.14476.) Beside `reinforce`: a token that has
-    moved far enough in the direction of its advantage has no gradient; one that moved the wrong way keeps it.
+    (PPO: eq. 7, arXiv:1707.06347; low and high apart: DAPO, eq. 10, arXiv:2503.14476.) Beside `reinforce`: a token
+    that has moved far enough in the direction of its advantage has no gradient; one that moved the wrong way keeps it.
     Raises ConfigError unless 0 <= clip_low <= 1 and clip_high >= 0.
     """
     if not (0 <= clip_low <= 1 and clip_high >= 0):
@@ -77,8 +78,8 @@ def cispo(
 ) -> Float[Tensor, "m"]:
     """REINFORCE with a cut importance weight that carries no gradient: loss = - sg[min(rho, max)] A log p.
 
-    (MiniMax-M1: eq. 4-5, arXiv:2506.13585, whose lower cut is off; 5 is the value of arXiv:2510.13786.) Beside `clip`: no token
-    loses its gradient. Raises ConfigError for a maximum that is not positive.
+    (MiniMax-M1: eq. 4-5, arXiv:2506.13585, whose lower cut is off; 5 is the value of arXiv:2510.13786.) Beside
+    `clip`: no token loses its gradient. Raises ConfigError for a maximum that is not positive.
     """
     if not ratio_max > 0:
         raise ConfigError(f"{ratio_max} given, wanted a positive number", where="ratio_max")
@@ -113,8 +114,8 @@ def gmpo(
     """The geometric mean of a sequence's clipped ratios: loss = - A exp((1 / |y|) sum_t l_t), at every token.
 
     l_t = min(log rho_t, log_clip) where A > 0, max(log rho_t, - log_clip) where A < 0      (GMPO: arXiv:2507.20673)
-    Beside `clip`: one outlying token cannot carry the mean. Beside ratio `sequence` with `clip`: tokens are clipped, not
-    their mean. Raises ConfigError for a clip that is not positive.
+    Beside `clip`: one outlying token cannot carry the mean. Beside ratio `sequence` with `clip`: tokens are clipped,
+    not their mean. Raises ConfigError for a clip that is not positive.
     """
     if not log_clip > 0:
         raise ConfigError(f"{log_clip} given, wanted a positive number", where="log_clip")
@@ -135,7 +136,7 @@ def vespo(
 ) -> Float[Tensor, "m"]:
     """REINFORCE weighted by a Gamma curve of the whole sequence's ratio: loss = - sg[phi(W)] A log p.
 
-    phi(W) = W^k exp(l (1 - W)),   W = prod_t rho_t, kept in [1e-8, e^20], k and l by the sign of A      (no paper read; as TRL)
+    phi(W) = W^k exp(l (1 - W)),   W = prod_t rho_t, kept in [1e-8, e^20], k and l by the sign of A   (no paper; as TRL)
     Beside `cispo`: the weight is the sequence's and falls off on both sides of ratio k / l. phi(1) = 1.
     """
     index, count = numbered(unit)

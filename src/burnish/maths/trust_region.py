@@ -1,8 +1,9 @@
 """TRPO as pure functions over callables: a step of largest gain whose KL stays inside a ball.
 
-    max g^T x  s.t.  x^T F x / 2 <= delta,    x = sqrt(2 delta / s^T F s) s,   F s = g      (appendix C, arXiv:1502.05477)
+    max g^T x  s.t.  x^T F x / 2 <= delta,    x = sqrt(2 delta / s^T F s) s,   F s = g   (appendix C, arXiv:1502.05477)
 
-Axes: d numbers of all trained parameters, flat. Who calls says what the KL and the surrogate are and where parameters live.
+Axes: d numbers of all trained parameters, flat. Who calls says what the KL and the surrogate are and where parameters
+live.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def natural_step(
 ) -> Float[Tensor, "d"]:
     """The step along F^-1 g whose KL is `max_kl` to second order: sqrt(2 delta / s^T F s) s      (arXiv:1502.05477).
 
-    Natural gradient (Amari 1998; Kakade 2001) is its direction. A gradient of 0 gives a step of 0. Raises ConfigError for a
-    max_kl that is not positive.
+    Natural gradient (Amari 1998; Kakade 2001) is its direction. A gradient of 0 gives a step of 0. Raises ConfigError
+    for a max_kl that is not positive.
     """
     if not max_kl > 0:
         raise ConfigError(f"{max_kl} given, wanted a positive number", where="max_kl")
@@ -111,8 +112,8 @@ def line_search(
 ) -> Accepted:
     """The largest fraction of the step that keeps KL <= max_kl and gains at least `least` of what was promised.
 
-    `measure(fraction)` gives (gain of the surrogate over the old policy, KL) with that part of the step taken; `expected`
-    is g^T x, what a full step promises to first order; fractions are 1, shrink, shrink^2, ...     (arXiv:1502.05477)
+    `measure(fraction)` gives (gain of the surrogate over the old policy, KL) with that part of the step taken;
+    `expected` is g^T x, what a full step promises to first order; fractions are 1, shrink, shrink^2, ...     (arXiv:1502.05477)
     Not one of them good enough: fraction 0, and the caller stays where it is. Not finite counts as not good.
     """
     fraction = 1.0
