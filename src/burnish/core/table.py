@@ -22,9 +22,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from burnish.core.errors import BurnishError, ConfigError
 from burnish.core.signature import (
+    Inputs,
     Parameter,
     Source,
     find,
+    inputs_of,
     literal,
     parameters_of,
     read_module,
@@ -42,6 +44,12 @@ TABLES: dict[str, tuple[str, ...]] = {
     "task": ("burnish.data.tasks.table:TASKS",),
     "strategy": ("burnish.search.sampling:STRATEGIES",),
     "scorer": ("burnish.search.scorers:SCORERS",),
+    "reward": (
+        "burnish.rewards.answers:ANSWERS",
+        "burnish.rewards.isolated:ISOLATED",
+        "burnish.rewards.formats:FORMATS",
+    ),
+    "combine": ("burnish.rewards.combine:COMBINE",),
 }
 USER_ROW = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # numbers to everyone but YAML 1.1
@@ -57,16 +65,24 @@ class UnknownName(ConfigError, KeyError):
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a row besides its code: taxonomy identifiers, paper (`arXiv:2203.11171`), year."""
+    """What is known of a row besides its code: taxonomy identifiers, paper (`arXiv:2203.11171`), year.
+
+    `package` is an optional package the row cannot do without, `extra` the extra of ours that installs it.
+    """
 
     taxonomy: tuple[str, ...] = ()
     paper: str | None = None
     year: int | None = None
+    package: str | None = None
+    extra: str | None = None
 
 
 @dataclass(frozen=True)
 class RowDescription:
-    """A row as its source shows it. `facts` are the literal keywords of a row that is an object, not a function."""
+    """A row as its source shows it. `facts` are the literal keywords of a row that is an object, not a function.
+
+    `parameters` are the settings (keyword-only); `inputs` what a function is handed besides them.
+    """
 
     kind: str
     name: str
@@ -78,6 +94,7 @@ class RowDescription:
     about: About = About()
     also: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    inputs: Inputs = Inputs()
 
     @property
     def summary(self) -> str:
@@ -146,12 +163,12 @@ def _describe(
     home, found = find(source, node)
     parameters: tuple[Parameter, ...] = ()
     facts: dict[str, Any] = {}
-    doc = home.doc
+    inputs, doc = Inputs(), home.doc
     if isinstance(found, ast.FunctionDef):
-        parameters, doc = parameters_of(home, found), ast.get_docstring(found) or ""
+        parameters, inputs, doc = parameters_of(home, found), inputs_of(found), ast.get_docstring(found) or ""
     elif isinstance(found, ast.Call):
         facts = {k.arg: literal(k.value) for k in found.keywords if k.arg and literal(k.value) is not ...}
-    return RowDescription(kind, name, parameters, doc, home.path, found.lineno, home.sha256, about, also, facts)
+    return RowDescription(kind, name, parameters, doc, home.path, found.lineno, home.sha256, about, also, facts, inputs)
 
 
 def _table(location: str) -> tuple[Source, ast.Dict, dict[str, str], dict[str, About]]:
@@ -198,6 +215,9 @@ def describe_row(kind: str, name: str) -> RowDescription:
             raise ConfigError(f"{user['file']!r} does not exist, seen from {Path.cwd()}")
         source = read_source(path)
         if user["function"] not in {*source.functions, *source.values}:
+            if re.search(rf"^async def {user['function']}\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+                remedy = "write a plain function; it may call asyncio.run(...)"
+                raise ConfigError(f"{path}: {user['function']!r} is async", remedy=remedy)
             raise ConfigError(f"{path} has no {user['function']!r}.{did_you_mean(user['function'], source.functions)}")
         return _describe(kind, name, source, ast.Name(user["function"]))
     rows = describe(kind)
