@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,7 +59,11 @@ def reward_test(
         raise ConfigError("--set and --stage are of a recipe", where="burnish reward-test", remedy="remove them")
     right = _gold(samples, source, kept, task, level, file, rows, gold)
     with build(block, task) as rewards:
-        sets = {"gold": right, **({"stored": kept} if kept else {})}
+        sets = {"gold": right}
+        if others := samples.answers_of_others(right):
+            sets["others"] = others
+        if kept:
+            sets["stored"] = kept
         found = {name: rewards.score(s.prompts, s.completions, s.columns, s.groups) for name, s in sets.items()}
         held = samples.held_against_gold(rewards.components)
         failing = samples.short_of_full(rewards, right, found["gold"], full)
@@ -68,7 +72,7 @@ def reward_test(
         if failing:
             raise samples.refuse(right, failing, full)
         blocks = [_table(name, sets[name], found[name], rewards) for name in found]
-        reply(data, "\n\n".join([*blocks, _verdict(rewards, held, right)]))
+        reply(data, "\n\n".join([*blocks, _verdict(rewards, held, found, full)]))
 
 
 def _blocks(texts: Sequence[str]) -> list[Any]:
@@ -128,7 +132,8 @@ def _plain(given: Samples, scores: Breakdown) -> dict[str, Any]:
 
 
 def _table(name: str, given: Samples, scores: Breakdown, rewards: Rewards) -> str:
-    what = {"gold": "gold answers", "stored": "stored completions"}[name]
+    titled = {"gold": "gold answers", "others": "gold answers of other rows", "stored": "stored completions"}
+    what = titled[name]
     lines = [f"{len(given.completions)} {what}, {len(set(given.groups))} prompts; functions get {given.shape}"]
     titles = [*scores.components, "total"]
     wide = max(map(len, titles))
@@ -158,7 +163,14 @@ def _distribution(found: Sequence[Scored]) -> str:
     return "quartiles " + " ".join(f"{values[round(q * (len(values) - 1) / 4)]:.3g}" for q in range(5))
 
 
-def _verdict(rewards: Rewards, held: Sequence[str], gold: Samples) -> str:
-    others = [title for title in rewards.weights if title not in held]
-    said = f"Gold scores full marks from {', '.join(held)}." if held else "No reward here reads a column of the data, so none was held against gold."
-    return said + (f" Not held against gold, as they name no column: {', '.join(others)}." if held and others else "")
+def _verdict(rewards: Rewards, held: Sequence[str], found: Mapping[str, Breakdown], full: float) -> str:
+    if not held:
+        return "No reward here reads a column of the data, so none was held against gold."
+    said = [f"Gold scores full marks from {', '.join(held)}."]
+    if rest := [title for title in rewards.weights if title not in held]:
+        said.append(f"Not held against gold, as they name no column: {', '.join(rest)}.")
+    for title in held if "others" in found else ():
+        scores = [one.value for one in found["others"].components[title] if one.value is not None]
+        if scores and min(scores) >= full:
+            said.append(f"{title} gives the answers of other rows full marks too: it tells nothing apart.")
+    return " ".join(said)

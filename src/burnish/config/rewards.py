@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -23,8 +23,8 @@ def read_block(block: Rewards | Mapping[str, Any] | Sequence[Any] | str) -> Rewa
     if not isinstance(block, Rewards):
         alone = isinstance(block, str) or (isinstance(block, Mapping) and "name" in block)
         whole = {"use": [block] if alone else block} if alone or not isinstance(block, Mapping) else dict(block)
-        use = whole.get("use")
-        entries = [use] if isinstance(use, (str, Mapping)) else list(cast(Sequence[Any], use or ()))
+        use: Any = whole.get("use")
+        entries: list[Any] = [use] if isinstance(use, (str, Mapping)) else list(use or ())
         whole["use"] = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
         if isinstance(whole.get("combine"), str):
             whole["combine"] = {"name": whole["combine"]}

@@ -94,7 +94,7 @@ class RowDescription:
     about: About = About()
     also: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    inputs: Inputs = Inputs()
+    inputs: Inputs = field(default_factory=Inputs)
 
     @property
     def summary(self) -> str:

@@ -20,4 +20,30 @@ from burnish.sandbox.pool import Pool
 START_S = 60.0  # how long a file may take to load, its imports included
 
 
+def build(block: Block | Mapping[str, Any] | Sequence[Any] | str, task: Task | str | None = None) -> Rewards:
+    """Rewards that are ready to score; workers start at the first call. `task` is the `task` column of data without one.
 
+    Raises ConfigError for a block that cannot be meant, MachineError where a reward needs a package that is missing.
+    """
+    block = read_block(block)
+    components: list[Component] = []
+    for reward in block.use:
+        row = describe_row("reward", reward.name)
+        about = row.about
+        if about.package and importlib.util.find_spec(about.package) is None:
+            message = f"needs the package {about.package}, which is not installed"
+            raise MachineError(message, where=f"reward {reward.name}", remedy=f"pip install 'burnish[{about.extra}]'")
+        settings = bind(row, reward.params, f"reward {reward.name}")
+        components.append(Component(reward, row, settings, _pool(reward, row, block.workers)))
+    return Rewards(block, components, task.name if isinstance(task, Task) else task)
+
+
+def _pool(reward: Reward, row: RowDescription, workers: int) -> Pool | None:
+    user = USER_ROW.fullmatch(reward.name)
+    if user:
+        loaded = {"file": str(row.path.resolve()), "function": user["function"]}
+    elif row.path == Path(isolated.__file__):
+        loaded = {"module": isolated.__name__, "function": load_row("reward", reward.name).__name__}
+    else:
+        return None
+    return Pool("burnish.rewards.worker", loaded, workers=workers, start_s=START_S)

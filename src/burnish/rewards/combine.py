@@ -53,7 +53,7 @@ def routed(
         where = f"rewards.route  sample {i}"
         if rewards is None:
             chosen = [value] if isinstance(value, str) else value
-            if not isinstance(chosen, (list, tuple)) or not chosen or (stray := set(chosen) - set(names)):
+            if not isinstance(chosen, (list, tuple)) or not chosen or set(chosen) - set(names):
                 wrong = f"column {column!r} holds {value!r}, wanted one or more of: {', '.join(names)}"
                 raise DataError(wrong, where=where)
         elif (chosen := rewards.get(str(value))) is None:

@@ -6,6 +6,7 @@ into the pool.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 from collections.abc import Sequence
@@ -43,8 +44,7 @@ def expression(
     An answer that leaves the sum to the reader is 0: `12+5` for 17, `42=42` for 42, unless gold is written so itself.
     A gold answer that cannot be read makes it abstain.
     """
-    import math_verify as library
-
+    library: Any = importlib.import_module("math_verify")
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)  # it warns that its own time limits are off: ours hold
     reading = [library.LatexExtractionConfig(), library.ExprExtractionConfig()]

@@ -156,6 +156,20 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in shared}
 
 
+def answers_of_others(gold: Samples) -> Samples | None:
+    """Every prompt with the gold completion of another row that reads differently; None where all read the same.
+
+    A reward that also gives these full marks tells nothing apart.
+    """
+    count, swapped = len(gold.completions), list[Any]()
+    for i in range(count):
+        others = (gold.completions[(i + j) % count] for j in range(1, count))
+        if (other := next((o for o in others if o != gold.completions[i]), None)) is None:
+            return None
+        swapped.append(other)
+    return replace(gold, completions=swapped)
+
+
 # ---- gold ----------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -113,7 +113,7 @@ class Pool:
             found[index] = reply
         return [reply for reply in found if reply is not None]
 
-    def each(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Reply]]:
+    def each(self, jobs: Sequence[Job]) -> Generator[tuple[int, Reply], None, None]:
         """(index, reply) as replies come. Leaving early kills the calls in hand. Raises Unusable."""
         if self._closed:
             raise ValueError("the pool is closed")
