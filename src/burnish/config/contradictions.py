@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from burnish.config.faults import Key
 from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rewards, Source, Stage
 from burnish.core.grammar import parse
+from burnish.core.signature import Inputs
 from burnish.core.table import describe_row, did_you_mean
 
 Problem = tuple[Key, str, str | None]  # the key at fault, what is wrong, what to type instead
@@ -92,6 +93,13 @@ def rewards_against(block: Rewards, key: Key = ()) -> Iterator[Problem]:
         if reward.title in titles[:j]:
             message = f"two rewards are called {reward.title!r}, and reports tell them apart by name"
             yield (*key, "use", j, "label"), message, f"add label: {reward.title}-{j + 1}"
+        inputs = describe_row("reward", reward.name).inputs
+        known = [n for n in (*inputs.required, *inputs.optional) if n not in ("prompts", "completions")]
+        if inputs != Inputs() and not inputs.rest:
+            for name in reward.columns:
+                if name not in known:
+                    message = f"{reward.name!r} takes no column {name!r}.{did_you_mean(name, known)}"
+                    yield (*key, "use", j, "columns", name), message, f"it takes: {', '.join(known) or 'none'}"
     if "gate" in block.combine.params:
         gate = block.combine.params["gate"]
         if gate not in titles:

@@ -39,11 +39,12 @@ def build(block: Block | Mapping[str, Any] | Sequence[Any] | str, task: Task | s
 
 
 def _pool(reward: Reward, row: RowDescription, workers: int) -> Pool | None:
-    user = USER_ROW.fullmatch(reward.name)
-    if user:
+    loaded: dict[str, str | None]
+    if user := USER_ROW.fullmatch(reward.name):
         loaded = {"file": str(row.path.resolve()), "function": user["function"]}
     elif row.path == Path(isolated.__file__):
-        loaded = {"module": isolated.__name__, "function": load_row("reward", reward.name).__name__}
+        function = load_row("reward", reward.name).__name__
+        loaded = {"module": isolated.__name__, "function": function, "package": row.about.package}
     else:
         return None
     return Pool("burnish.rewards.worker", loaded, workers=workers, start_s=START_S)

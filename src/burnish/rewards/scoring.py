@@ -77,16 +77,19 @@ class Component:
             if column in given:
                 found[name] = given[column]
             elif name in inputs.required or name in mapping:
-                raise DataError(*self._missing(name, column, given), where=f"reward {self.title}")
+                raise self._missing(name, column, given)
         return found
 
-    def _missing(self, name: str, column: str, given: Mapping[str, Any]) -> tuple[str]:
+    def _missing(self, name: str, column: str, given: Mapping[str, Any]) -> DataError:
+        where, remedy = f"reward {self.title}", None
         if name == "group":
-            return ("compares the completions of one prompt, and these are in no groups",)
-        if name == "steps":
-            return ("is a process reward, and there are no steps here to score",)
-        known = ", ".join(n for n in given if n not in ("prompts", "completions")) or "none"
-        return (f"needs a column {column!r}; the data has: {known}. Say which: columns: {{{name}: <your column>}}",)
+            message = "compares the completions of one prompt, and these are in no groups"
+        elif name == "steps":
+            message = "is a process reward, and there are no steps here to score"
+        else:
+            known = ", ".join(n for n in given if n not in ("prompts", "completions")) or "none"
+            message, remedy = f"needs a column {column!r}; the data has: {known}", f"columns: {{{name}: <your column>}}"
+        return DataError(message, where=where, remedy=remedy)
 
 
 class Rewards:

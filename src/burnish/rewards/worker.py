@@ -15,8 +15,13 @@ _function: Callable[..., Any] | None = None
 
 
 def prepare(settings: Mapping[str, Any]) -> None:
-    """Load `file`'s (or `module`'s) `function`. A file may import what lies beside it."""
+    """Load `file`'s (or `module`'s) `function`. A file may import what lies beside it.
+
+    `package` is what the function imports itself: loading it belongs to the start, not to the first call's deadline.
+    """
     global _function
+    if package := settings.get("package"):
+        importlib.import_module(package)
     if file := settings.get("file"):
         sys.path.append(os.path.dirname(file))
         spec = importlib.util.spec_from_file_location("burnish_user_reward", file)
