@@ -122,7 +122,7 @@ def test_23_values_that_are_none(score: Score) -> None:
 def test_23_what_is_no_list(score: Score, name: str, said: str) -> None:
     found = score(f"own.py:{name}", ["a", "b"]).components[name]
     assert [one.error for one in found] == ["invalid"] * 2 and said in found[1].detail
-    with pytest.raises(RewardError, match="failed on 2 of 2 samples or more \\(2 invalid\\); 0.1 of them may fail") as caught:
+    with pytest.raises(RewardError, match=r"failed on 2 of 2 samples or more \(2 invalid\); 0.1 of them may fail") as caught:
         score(f"own.py:{name}", ["a", "b"], max_error_rate=0.1)
     assert caught.value.exit_code == 6
 

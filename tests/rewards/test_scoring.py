@@ -96,7 +96,7 @@ def test_a_column_that_is_not_there_is_named() -> None:
             rewards.score(["p"], ["a"], {"answer": ["a"]})
         with pytest.raises(DataError, match="'solution' holds 2 rows for 1 completions"):
             rewards.score(["p"], ["a"], {"solution": ["a", "b"]})
-        with pytest.raises(DataError, match="column 'solution' cannot be sent to a worker: .*not JSON serializable"):
+        with pytest.raises(DataError, match=r"column 'solution' cannot be sent to a worker: .*not JSON serializable"):
             rewards.score(["p"], ["a"], {"solution": [object()]})
         with pytest.raises(DataError, match="no completions"):
             rewards.score([], [])
@@ -141,7 +141,7 @@ def test_the_file_is_described_here_and_executed_in_children_without_torch() -> 
     assert Path("canary").exists()
     with pytest.raises(ConfigError, match=r"own.py: 'later' is async\n  write a plain function"):
         build("own.py:later")
-    with pytest.raises(ConfigError, match="own.py has no 'tlr'. Did you mean 'trl'"):
+    with pytest.raises(ConfigError, match=r"own.py has no 'tlr'. Did you mean 'trl'"):
         build("own.py:tlr")
 
 
