@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from typing import Annotated
 
@@ -33,4 +34,5 @@ def summary(rows: list[Row]) -> str:
 def _line(row: Row) -> str:
     name = row.name if len(row.name) <= 46 else row.name[:45] + "\u2026"
     state = "runs" if row.runs else "begun" if row.by else "-"
-    return f"{row.id:<4}{row.priority}  {state:<6}{name:<47} {row.by or ''}".rstrip()
+    by = textwrap.shorten(row.by or "", 58, placeholder=" ...")
+    return f"{row.id:<4}{row.priority}  {state:<6}{name:<47} {by}".rstrip()
