@@ -1,8 +1,11 @@
+import random
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.answers.extract import final_answer, final_number, given_key, marked_answers, normalised, number
+from burnish.answers.extract import DEEPEST, final_answer, final_number, given_key, marked_answers, normalised, number
 
 
 @pytest.mark.parametrize(
@@ -86,3 +89,34 @@ def test_an_answer_list_wins_nothing() -> None:
 def test_without_a_mark_the_whole_text_is_what_is_given() -> None:
     assert given_key("5+3=8\n####08") == given_key("#### 8") == given_key("8.0") == "8"
     assert given_key("it  is\nblue") == "it is blue" and given_key(" ") is None
+
+
+def _boxes_one_by_one(text: str) -> list[str]:
+    """Every closed box, each found by counting braces from its own beginning."""
+    found: list[str] = []
+    at = text.find("\\boxed{")
+    while at >= 0:
+        begin = end = at + len("\\boxed{")
+        depth = 1
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if depth == 0:
+            found.append(text[begin : end - 1].strip())
+        at = text.find("\\boxed{", at + 1)
+    return found
+
+
+def test_boxes_are_those_that_counting_braces_finds() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choice(["\\boxed{", "{", "}", "}", "4", " "]) for _ in range(rng.randrange(14)))
+        if text.count("\\boxed{") <= DEEPEST:
+            assert marked_answers(text) == _boxes_one_by_one(text), text
+
+
+def test_boxes_without_end_cost_little() -> None:
+    nested = "\\boxed{" * 20_000 + "42" + "}" * 20_000
+    began = time.process_time()
+    assert len(marked_answers(nested)) == DEEPEST and final_answer(nested) is None
+    assert marked_answers("\\boxed{" * 100_000) == [] and time.process_time() - began < 2

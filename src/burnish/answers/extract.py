@@ -9,22 +9,28 @@ from __future__ import annotations
 import re
 
 MARK = "####"
+DEEPEST = 8  # boxes within boxes
 _BOX = "\\boxed{"
 _NUMBER = re.compile(r"[-+\u2212]?(\d{1,3}(,\d{3})+|\d+)(\.\d*)?|[-+\u2212]?\.\d+")
 
 
 def _boxed(text: str) -> list[tuple[int, str]]:
-    """(where, contents) of every `\\boxed{...}` that is closed, nested braces balanced."""
+    """(where, contents) of every `\\boxed{...}` that is closed, nested braces balanced.
+
+    One pass, however many are open. Boxes within DEEPEST others are not read: those around them disagree already.
+    """
+    boxes = {match.end() - 1: match.start() for match in re.finditer(re.escape(_BOX), text)}
     found: list[tuple[int, str]] = []
-    at = text.find(_BOX)
-    while at >= 0:
-        depth, end = 1, at + len(_BOX)
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if depth == 0:
-            found.append((at, text[at + len(_BOX) : end - 1]))
-        at = text.find(_BOX, at + len(_BOX))
+    opened: list[int] = []
+    depth = 0
+    for brace in re.finditer("[{}]", text) if boxes else ():
+        if brace[0] == "{":
+            opened.append(brace.start())
+            depth += brace.start() in boxes
+        elif opened and (begin := opened.pop()) in boxes:
+            depth -= 1
+            if depth < DEEPEST:
+                found.append((boxes[begin], text[begin + 1 : brace.start()]))
     return found
 
 
@@ -46,6 +52,11 @@ def final_answer(text: str) -> str | None:
         return None
     last = normalised(answers[-1])
     return answers[-1] if all(normalised(answer) == last for answer in answers) else None
+
+
+def after_thinking(text: str, closing: str = "</think>") -> str:
+    """What follows the last closing tag; the whole text where there is none."""
+    return text.rpartition(closing)[2]
 
 
 def number(text: str) -> str | None:

@@ -20,7 +20,7 @@ import typer
 from burnish.core.errors import BurnishError, ConfigError, MachineError
 from burnish.core.table import did_you_mean
 
-VERBS = {  # verb -> module with a function of the same name; in the order of `burnish --help`
+VERBS = {  # verb -> module with a function of the same name (- is _); in the order of `burnish --help`
     "quickstart": "burnish.cli.quickstart",
     "run": "burnish.cli.run",
     "eval": "burnish.cli.eval",
@@ -32,6 +32,7 @@ VERBS = {  # verb -> module with a function of the same name; in the order of `b
     "cp": "burnish.cli.cp",
     "check": "burnish.cli.check",
     "coverage": "burnish.cli.coverage",
+    "reward-test": "burnish.cli.reward_test",
 }
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer carries its own click, or uses yours
 _json = False
@@ -94,7 +95,7 @@ def _run(words: list[str]) -> int:
         raise ConfigError(f"{verb!r} is not a verb.{did_you_mean(verb, VERBS)}", where="burnish", remedy=verbs)
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     for name in [verb] if verb else VERBS:
-        function = getattr(importlib.import_module(VERBS[name]), name)
+        function = getattr(importlib.import_module(VERBS[name]), name.replace("-", "_"))
         app.command(name, epilog="--json prints one JSON object instead.")(function)
     if verb is None:
         app.callback(epilog="Every verb takes --json. Start with: burnish ls")(_about)

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 
 from burnish.config.faults import Key
-from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Source, Stage
+from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rewards, Source, Stage
 from burnish.core.grammar import parse
+from burnish.core.signature import Inputs
 from burnish.core.table import describe_row, did_you_mean
 
 Problem = tuple[Key, str, str | None]  # the key at fault, what is wrong, what to type instead
@@ -71,11 +72,54 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
             f"a step takes {train.batch_rows} rows and the data has {rows}{less}: {rows - held} < {train.batch_rows}"
         )
         yield (*at, "batch_rows"), message, f"type batch_rows: {max(1, rows - held)} or less, or ask for more rows"
+    takes = "rewards" in describe_row("method", stage.method.name).inputs
+    if takes and stage.rewards is None:
+        yield (*key, "method"), f"{stage.method.name!r} learns from rewards, and there are none", "add rewards: [number]"
+    if stage.rewards is not None:
+        if not takes:
+            yield (*key, "rewards"), f"{stage.method.name!r} takes no rewards: they would do nothing", "remove rewards"
+        yield from rewards_against(stage.rewards, (*key, "rewards"))
     for j, name in enumerate(stage.evaluate or ()):
         if name not in {**recipe.evals, **recipe.held_out}:
             yield (*key, "evaluate", j), *_no_eval(name, recipe)
         elif name in (stage.evaluate or ())[:j]:
             yield (*key, "evaluate", j), f"eval {name!r} is named twice", "name it once"
+
+
+def rewards_against(block: Rewards, key: Key = ()) -> Iterator[Problem]:
+    """Contradictions within a `rewards` block: names met twice, gates and routes that lead nowhere."""
+    titles = [reward.title for reward in block.use]
+    for j, reward in enumerate(block.use):
+        if reward.title in titles[:j]:
+            message = f"two rewards are called {reward.title!r}, and reports tell them apart by name"
+            yield (*key, "use", j, "label"), message, f"add label: {reward.title}-{j + 1}"
+        inputs = describe_row("reward", reward.name).inputs
+        known = [n for n in (*inputs.required, *inputs.optional) if n not in ("prompts", "completions")]
+        if inputs != Inputs() and not inputs.rest:
+            for name in reward.columns:
+                if name not in known:
+                    message = f"{reward.name!r} takes no column {name!r}.{did_you_mean(name, known)}"
+                    yield (*key, "use", j, "columns", name), message, f"it takes: {', '.join(known) or 'none'}"
+    if "gate" in block.combine.params:
+        gate = block.combine.params["gate"]
+        if gate not in titles:
+            message = f"{gate!r} is not one of the rewards.{did_you_mean(str(gate), titles)}"
+            yield (*key, "combine", "gate"), message, f"type one of: {', '.join(titles)}"
+        elif len(titles) == 1:
+            yield (*key, "combine"), "there is one reward: the gate would gate nothing", "type combine: sum"
+    if block.route is None or block.route.rewards is None:
+        return
+    for value, names in block.route.rewards.items():
+        for j, name in enumerate(names):
+            if name not in titles:
+                message = f"{name!r} is not one of the rewards.{did_you_mean(name, titles)}"
+                yield (*key, "route", "rewards", value, j), message, f"type one of: {', '.join(titles)}"
+        if not names:
+            yield (*key, "route", "rewards", value), "no reward applies there: nothing could be learned", "name one"
+    used = {name for names in block.route.rewards.values() for name in names}
+    for j, title in enumerate(titles):
+        if title not in used:
+            yield (*key, "use", j), f"no route leads to {title!r}: it would do nothing", "add it to a route, or remove it"
 
 
 def _one_origin(

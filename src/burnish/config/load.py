@@ -15,7 +15,7 @@ from burnish.config.contradictions import contradictions
 from burnish.config.faults import Fault, Key, RecipeError, explain, meant
 from burnish.config.overrides import choices, expand, members, override, typed_key, value_at
 from burnish.config.provenance import LARGEST, Document, Resolved, dotted, read
-from burnish.config.schema import FORMAT, Recipe
+from burnish.config.schema import CHOICES, FORMAT, Choice, Recipe
 from burnish.core.errors import ConfigError
 from burnish.core.grammar import arguments, parse
 from burnish.core.table import describe_row, did_you_mean, faults_in, read_number
@@ -128,7 +128,8 @@ def _bind(document: Document, values: Any) -> Iterator[Fault]:
         name = value_at(choice, ("name",))
         if not isinstance(name, str) or not isinstance(choice, dict):
             continue
-        params = {k: v for k, v in cast(dict[str, Any], choice).items() if k != "name"}
+        fields = CHOICES.get(kind, Choice).model_fields
+        params = {k: v for k, v in cast(dict[str, Any], choice).items() if k not in fields}
         try:
             row = describe_row(kind, name)
         except ConfigError as error:
@@ -139,7 +140,7 @@ def _bind(document: Document, values: Any) -> Iterator[Fault]:
             yield _fault(document, (*key, parameter), message)
         for parameter in bound.keys() & params.keys():
             _note_number(document, (*key, parameter), params[parameter], bound[parameter])
-        value_at(values, key[:-1])[key[-1]] = {**params, **bound, "name": name}
+        value_at(values, key[:-1])[key[-1]] = {**choice, **bound}
     for key in _tasks(values):
         if isinstance(task := value_at(values, key), str):
             try:

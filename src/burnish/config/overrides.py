@@ -38,22 +38,38 @@ def choices(data: Any) -> Iterator[tuple[str, Key]]:
         yield "method", ("stages", i, "method")
         yield "adapter", ("stages", i, "adapter")
         yield "schedule", ("stages", i, "train", "schedule")
+        rewards: Key = ("stages", i, "rewards")
+        yield "combine", (*rewards, "combine")
+        for j in range(len(members(value_at(data, (*rewards, "use"))))):
+            yield "reward", (*rewards, "use", j)
 
 
 def expand(document: Document) -> None:
-    """Write short forms out: `method: sft` is `method: {name: sft}`, one source is a list of one."""
+    """Write short forms out: `method: sft` is `method: {name: sft}`, one source is a list of one, and so is a reward."""
+    for i, stage in enumerate(members(value_at(document.data, ("stages",)))):
+        if isinstance(source := value_at(stage, ("data",)), dict):
+            stage["data"] = [source]
+            _shift(document, ("stages", i, "data"), (0,))
+        key: Key = ("stages", i, "rewards")
+        rewards = value_at(stage, ("rewards",))
+        if isinstance(rewards, (str, list)) or (isinstance(rewards, dict) and "name" in rewards):
+            stage["rewards"] = {"use": rewards}
+            _shift(document, key, ("use",))
+        if isinstance(use := value_at(stage, ("rewards", "use")), (str, dict)):
+            stage["rewards"]["use"] = [use]
+            _shift(document, (*key, "use"), (0,))
     for _, key in choices(document.data):
         if isinstance(name := value_at(document.data, key), str):
             value_at(document.data, key[:-1])[key[-1]] = {"name": name}
             document.places[(*key, "name")] = document.where(key)
             document.typed[(*key, "name")] = document.typed.get(key, name)
-    for i, stage in enumerate(members(value_at(document.data, ("stages",)))):
-        if isinstance(source := value_at(stage, ("data",)), dict):
-            stage["data"] = [source]
-            key = ("stages", i, "data")
-            for table in (document.places, document.typed, document.spoilt):
-                below = {k: v for k, v in table.items() if k[:3] == key}
-                table.update({(*key, 0, *k[3:]): v for k, v in below.items()})
+
+
+def _shift(document: Document, key: Key, under: Key) -> None:
+    """Places and typed text of what stood at `key` now stand at `key + under`; those at `key` itself stay too."""
+    for table in (document.places, document.typed, document.spoilt):
+        below = {k: v for k, v in table.items() if k[: len(key)] == key}
+        table.update({(*key, *under, *k[len(key) :]): v for k, v in below.items()})
 
 
 def override(document: Document, overrides: Sequence[str]) -> None:

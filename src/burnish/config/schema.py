@@ -120,6 +120,54 @@ class Train(Section):
     )
 
 
+class Reward(Choice):
+    """One component of the reward, `{name: number, weight: 0.5, ...params}`; a name alone has weight 1."""
+
+    name: str = Field(
+        min_length=1, description="the name of a reward, or your own file.py:function", examples=["number"]
+    )
+    weight: float = Field(default=1.0, description="a number, how much it counts; 0 only records it", examples=[0.5])
+    label: str | None = Field(
+        default=None, min_length=1, description="what reports call it, or null for its name", examples=["brevity"]
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="a mapping from a parameter to your column", examples=["{answer: solution}"]
+    )
+
+    @property
+    def title(self) -> str:
+        """What reports, gates and routes call it: the label, else the row's or the function's name."""
+        return self.label or self.name.rpartition(":")[2]
+
+
+class Route(Section):
+    """Which rewards apply to which rows: by what a column holds."""
+
+    column: str = Field(min_length=1, description="the name of a column", examples=["source"])
+    rewards: dict[str, tuple[str, ...]] | None = Field(
+        default=None,
+        description="a mapping from a value of the column to a list of rewards, or null where the column lists them",
+        examples=["{math: [number], chat: [think]}"],
+    )
+
+
+class Rewards(Section):
+    """What a completion is worth: components, how they are joined, and the limits of the functions that score."""
+
+    use: tuple[Reward, ...] = Field(min_length=1, description="a reward, or a list of them", examples=["[number]"])
+    combine: Choice = Field(
+        default=Choice(name="sum"), description="sum, or {name: gated, gate: ...}", examples=["sum"]
+    )
+    route: Route | None = Field(default=None, description="a mapping with column, or null: all rewards everywhere")
+    deadline_s: float = Field(
+        default=10.0, gt=0, description="the seconds one call may take, a number above 0", examples=[10]
+    )
+    max_error_rate: float = Field(
+        default=0.1, ge=0, le=1, description="the share of a batch that may fail, from 0 to 1", examples=[0.1]
+    )
+    workers: int = Field(default=2, ge=1, description="child processes for each function of yours", examples=[2])
+
+
 class Stage(Section):
     """One step of the pipeline; it starts from the model the stage before it left."""
 
@@ -127,6 +175,9 @@ class Stage(Section):
     method: Choice = Field(description="a method, or {name: sft, ...}", examples=["sft"])
     data: tuple[Source, ...] = Field(min_length=1, description="a source of rows, or a list of them")
     train: Train = Field(description="a mapping with steps or epochs, learning_rate, batch_rows ...")
+    rewards: Rewards | None = Field(
+        default=None, description="a reward, a list of them, or a mapping with use, combine ...; or null"
+    )
     adapter: Choice | None = Field(
         default=None, description="an adapter, {name: lora, ...}, or null", examples=["lora"]
     )
@@ -214,11 +265,15 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "stages.<name>": Stage,
     "stages.<name>.train": Train,
     "stages.<name>.data": Source,
+    "stages.<name>.rewards": Rewards,
+    "stages.<name>.rewards.use": Reward,
+    "stages.<name>.rewards.route": Route,
     "evals.<name>": Eval,
     "budget": Budget,
     "report": Report,
     "report.primary": Primary,
 }
+CHOICES: dict[str, type[Choice]] = {"reward": Reward}  # kinds whose rows have keys of ours beside their parameters
 ELSEWHERE = {  # what other trainers call our keys
     "lr": "learning_rate",
     "max_steps": "steps",
@@ -240,4 +295,7 @@ ELSEWHERE = {  # what other trainers call our keys
     "model_name_or_path": "model",
     "run_name": "name",
     "torch_dtype": "dtype",
+    "reward_funcs": "rewards",
+    "reward_weights": "weight",
+    "reward_fn": "rewards",
 }

@@ -28,8 +28,21 @@ METRICS: dict[str, Metric] = {
     "label_tokens": Metric("tokens", "tokens the loss is taken on"),
     "stream_tokens": Metric("tokens", "tokens sent through the model, prompts counted once where shared"),
     "skipped_steps": Metric("steps", "updates left out so far: a loss or gradient was not finite", "lower"),
+    # rewards, of the total or of one component
+    "reward_mean": Metric("1", "mean over the samples that have a value; abstentions and errors are not among them", "higher"),
+    "reward_std": Metric("1", "standard deviation over the same samples, divided by their number"),
+    "reward_min": Metric("1", "smallest value"),
+    "reward_max": Metric("1", "largest value"),
+    "reward_abstained": Metric("1", "share of the samples a reward abstained on"),
+    "reward_timeouts": Metric("samples", "samples whose reward was killed at its deadline", "lower"),
+    "reward_crashes": Metric("samples", "samples whose reward raised or whose process died", "lower"),
+    "reward_invalid": Metric("samples", "samples for which a reward returned no finite number", "lower"),
+    "reward_infra": Metric("samples", "samples whose reward could not reach what it depends on", "lower"),
+    "reward_flat_groups": Metric("1", "share of the groups in which every sample has the same total: no advantage", "lower"),
+    "reward_cancelled_groups": Metric("1", "share of the groups whose components vary and whose total does not", "lower"),
     # this machine
     "seconds": Metric("s", "wall time of the step", "lower"),
+    "reward_seconds": Metric("s", "wall time of scoring a batch", "lower"),
     "train_tokens_per_s": Metric("tokens/s", "stream tokens divided by seconds", "higher"),
     "rss_bytes": Metric("bytes", "resident memory of the process", "lower"),
     # evaluation

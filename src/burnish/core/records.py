@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from math import isfinite
+from typing import Any, Literal, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
 Finish = Literal["stop", "length", "stop_string", "budget"]
+Failure = Literal["timeout", "crash", "invalid", "infra"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,54 @@ class Trajectory:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a reward says of one sample: a value, or that it abstains (neither value nor error), or how it failed.
+
+    error   timeout (killed at its deadline), crash (it raised, or its process died), invalid (what it returned is no
+            reward), infra (what it depends on was out of reach). An error is not a bad sample: it is never 0
+    detail  what went wrong, in one line
+    spans   [(end, value)] of a process reward, a step each, None where it abstains; `end` is where the step ends, in
+            tokens of the completion wherever the caller scores tokens
+    """
+
+    value: float | None = None
+    error: Failure | None = None
+    detail: str = ""
+    spans: tuple[tuple[int, float | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.value is not None and self.error is not None:
+            raise ValueError(f"both a value ({self.value}) and an error ({self.error})")
+        if self.error is not None and self.error not in get_args(Failure):
+            raise ValueError(f"{self.error!r} is not a failure; there are {', '.join(get_args(Failure))}")
+        given = [self.value, *(value for _, value in self.spans)]
+        if not all(value is None or isfinite(value) for value in given):
+            raise ValueError(f"a reward is a finite number: {given}")
+
+    @property
+    def abstains(self) -> bool:
+        return self.value is None and self.error is None
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"value": 1.0}`, `{"value": null}` (abstains) or `{"error": "timeout", "detail": ...}`, with any spans."""
+        said: dict[str, Any] = {"value": self.value} if self.error is None else {"error": self.error}
+        if self.detail:
+            said["detail"] = self.detail
+        if self.spans:
+            said["spans"] = [list(span) for span in self.spans]
+        return said
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Scored:
+        """What `to_json` wrote. Raises ValueError for anything else."""
+        if ("value" in said) == ("error" in said) or set(said) - {"value", "error", "detail", "spans"}:
+            raise ValueError(f"not a scored sample: {dict(said)!r}")
+        spans = tuple((int(end), None if value is None else float(value)) for end, value in said.get("spans", ()))
+        value = said.get("value")
+        return cls(None if value is None else float(value), said.get("error"), str(said.get("detail", "")), spans)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,18 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a function is given besides its settings: its other parameters by name. `rest`: any further ones (**)."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    rest: bool = False
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.required or name in self.optional
+
+
+@dataclass(frozen=True)
 class Source:
     """A module as parsed: its docstring, the sha256 of its bytes, and what its top-level names are.
 
@@ -194,6 +206,13 @@ def _parameter(
         remedy = "annotate int, float, bool, str, Literal, list[X], tuple[X, ...] or X | None; a literal default"
         raise unreadable(source, where, message, f"{remedy}; or make it positional") from error
     return Parameter(name, text, kind, default is None, value)
+
+
+def inputs_of(function: ast.FunctionDef) -> Inputs:
+    """The parameters of a function that are not keyword-only."""
+    names = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+    first_optional = len(names) - len(function.args.defaults)
+    return Inputs(tuple(names[:first_optional]), tuple(names[first_optional:]), function.args.kwarg is not None)
 
 
 def wanted(kind: Any) -> str:

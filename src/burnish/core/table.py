@@ -22,10 +22,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from burnish.core.errors import BurnishError, ConfigError
 from burnish.core.signature import (
+    Inputs,
     Parameter,
     Source,
     fields_of,
     find,
+    inputs_of,
     literal,
     parameters_of,
     read_module,
@@ -51,6 +53,12 @@ TABLES: dict[str, tuple[str, ...]] = {
     "kl": ("burnish.maths.divergences:KLS",),
     "sequence_filters": ("burnish.maths.filters:SEQUENCE_FILTERS",),
     "token_filters": ("burnish.maths.filters:TOKEN_FILTERS",),
+    "reward": (
+        "burnish.rewards.answers:ANSWERS",
+        "burnish.rewards.isolated:ISOLATED",
+        "burnish.rewards.formats:FORMATS",
+    ),
+    "combine": ("burnish.rewards.combine:COMBINE",),
 }
 USER_ROW = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # numbers to everyone but YAML 1.1
@@ -69,12 +77,15 @@ class About:
     """What is known of a row besides its code: taxonomy identifiers, paper (`arXiv:2203.11171`), year.
 
     `bias` says of an estimator how its expectation differs from what it estimates: "none", or what is off.
+    `package` is an optional package the row cannot do without, `extra` the extra of ours that installs it.
     """
 
     taxonomy: tuple[str, ...] = ()
     paper: str | None = None
     year: int | None = None
     bias: str | None = None
+    package: str | None = None
+    extra: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class RowDescription:
     """A row as its source shows it. `facts` are the literal keywords of a row that is an object, not a function.
 
     A row that is a keyword-only dataclass has its fields for parameters, what it sets for their defaults.
+    `parameters` are the settings (keyword-only); `inputs` what a function is handed besides them.
     """
 
     kind: str
@@ -94,6 +106,7 @@ class RowDescription:
     about: About = About()
     also: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    inputs: Inputs = field(default_factory=Inputs)
 
     @property
     def summary(self) -> str:
@@ -162,13 +175,13 @@ def _describe(
     home, found = find(source, node)
     parameters: tuple[Parameter, ...] = ()
     facts: dict[str, Any] = {}
-    doc = home.doc
+    inputs, doc = Inputs(), home.doc
     if isinstance(found, ast.FunctionDef):
-        parameters, doc = parameters_of(home, found), ast.get_docstring(found) or ""
+        parameters, inputs, doc = parameters_of(home, found), inputs_of(found), ast.get_docstring(found) or ""
     elif isinstance(found, ast.Call):
         parameters, doc = fields_of(home, found) or (), home.notes.get(found, home.doc)
         facts = {k.arg: literal(k.value) for k in found.keywords if k.arg and literal(k.value) is not ...}
-    return RowDescription(kind, name, parameters, doc, home.path, found.lineno, home.sha256, about, also, facts)
+    return RowDescription(kind, name, parameters, doc, home.path, found.lineno, home.sha256, about, also, facts, inputs)
 
 
 def _table(location: str) -> tuple[Source, ast.Dict, dict[str, str], dict[str, About]]:
@@ -215,6 +228,9 @@ def describe_row(kind: str, name: str) -> RowDescription:
             raise ConfigError(f"{user['file']!r} does not exist, seen from {Path.cwd()}")
         source = read_source(path)
         if user["function"] not in {*source.functions, *source.values}:
+            if re.search(rf"^async def {user['function']}\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+                remedy = "write a plain function; it may call asyncio.run(...)"
+                raise ConfigError(f"{path}: {user['function']!r} is async", remedy=remedy)
             raise ConfigError(f"{path} has no {user['function']!r}.{did_you_mean(user['function'], source.functions)}")
         return _describe(kind, name, source, ast.Name(user["function"]))
     rows = describe(kind)
