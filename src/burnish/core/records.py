@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal, get_args
 
+from burnish.core.errors import DataError
+
 Role = Literal["system", "user", "assistant", "tool"]
 Finish = Literal["stop", "length", "stop_string", "budget"]
 Failure = Literal["timeout", "crash", "invalid", "infra"]
@@ -112,9 +114,15 @@ class Trajectory:
 
     @property
     def completion(self) -> tuple[int, ...]:
-        """The sampled ids."""
-        start = next(s.start for s in self.spans if s.kind == "completion")
-        return self.tokens[start:]
+        """The sampled ids. Raises DataError where the engine could not report them: they are not made up from the text."""
+        for span in self.spans:
+            if span.kind == "completion":
+                return self.tokens[span.start :]
+        raise DataError(
+            "its token ids are not known: the server gave text only",
+            where=f"trajectory {self.id}",
+            remedy="sample with an engine that reports ids: local, or vLLM",
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
