@@ -48,11 +48,24 @@ class Server:
         self.faults: list[str] = []
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.at_once = self.most_at_once = 0
-        self.answered = self.hung_up = 0
+        self.at_once = self.most_at_once = self.connections = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.url = ""
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Counts how many completions are made at once; over before the answer is sent."""
+        with self.lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            if self.hold_s:
+                self.closing.wait(self.hold_s)
+            yield
+        finally:
+            with self.lock:
+                self.at_once -= 1
 
     # ---- the answers
 
@@ -120,6 +133,10 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Any
 
+    def setup(self) -> None:
+        super().setup()
+        self.fake.connections += 1
+
     def log_message(self, *_: Any) -> None:
         return
 
@@ -168,15 +185,10 @@ class Handler(BaseHTTPRequestHandler):
         with fake.lock:
             fake.seen.append(body)
             fault = fake.faults.pop(0) if fake.faults else ""
-            fake.at_once += 1
-            fake.most_at_once = max(fake.most_at_once, fake.at_once)
         try:
             self.act(fault, body)
         except (BrokenPipeError, ConnectionResetError):
-            fake.hung_up += 1
-        finally:
-            with fake.lock:
-                fake.at_once -= 1
+            self.close_connection = True
 
     def act(self, fault: str, body: dict[str, Any]) -> None:
         fake = self.fake
@@ -195,16 +207,13 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if fault == "html":
             return self.reply(200, b"<html>a page</html>")
-        if fake.hold_s and fake.closing.wait(fake.hold_s):
-            return None
         try:
-            answer = fake.complete(body)
+            with fake.working():
+                answer = fake.complete(body)
         except ValueError as error:
             return self.reply(400, {"error": {"message": str(error)}})
         self.spoil(fault, answer)
-        self.reply(200, answer, cut=60 if fault == "truncated" else None)
-        fake.answered += 1
-        return None
+        return self.reply(200, answer, cut=60 if fault == "truncated" else None)
 
     def spoil(self, fault: str, answer: dict[str, Any]) -> None:
         choice = answer["choices"][0]

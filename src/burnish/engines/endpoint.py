@@ -358,9 +358,12 @@ class _Flight:
                 size += len(chunk)
                 if size > MOST_BYTES:
                     raise MachineError(f"the answer is longer than {MOST_BYTES >> 20} MiB", where=self.endpoint.where(request))
+            if line.late:  # cut from outside, which looks like an end
+                raise TimeoutError
             line.due = float("inf")
             if response.will_close:
                 _close(line)
+            response.close()  # read to its end, so the connection is free for the next request
             return self.endpoint.understand(request, response.status, response.headers, b"".join(parts))
         except (BurnishError, _Failed):
             raise
@@ -370,7 +373,8 @@ class _Flight:
             if line.late or isinstance(error, TimeoutError):
                 within = timeout_s if sent else min(CONNECT_S, timeout_s)
                 raise _Failed(f"no {'answer' if sent else 'connection'} within {within:g} s", lost=sent) from error
-            if not isinstance(error, (OSError, http.client.HTTPException)) and not self.over.is_set():
+            network = isinstance(error, (OSError, http.client.HTTPException))
+            if not self.over.is_set() and (not network or isinstance(error, http.client.ImproperConnectionState)):
                 raise
             verb = "the connection broke" if sent else "it cannot be reached"
             raise _Failed(f"{verb}: {str(error) or type(error).__name__}", lost=sent) from error

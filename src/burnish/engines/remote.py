@@ -191,9 +191,9 @@ class RemoteEngine(Nodes):
     ) -> Trajectory:
         said = self.read(request, answer)
         finish = self.finish(request, said)
-        said, text = self.settle(said, finish, sampling.stop)
         path = node.path
         prefill, sampled, how = self._counted(request, answer, path, said)
+        said, text = self.settle(said, finish, sampling.stop)
         self.usage[how] += 1
         self.retried += answer.attempts - 1
         first, ids = len(path), said.ids
