@@ -20,7 +20,7 @@ from burnish import __version__
 from burnish.answers.compare import same
 from burnish.answers.extract import given, given_key
 from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Source, Stage
-from burnish.core.errors import DataError
+from burnish.core.errors import ConfigError, DataError
 from burnish.core.records import Example, Message, Rendered, Sampling
 from burnish.core.seeds import derive
 from burnish.core.table import load_row
@@ -29,10 +29,14 @@ from burnish.data.chat import ChatFormat, Mask, Prepared, preview
 from burnish.data.sampler import Sampler
 from burnish.data.sources import Dropped
 from burnish.data.tasks.base import Item, Task, items
+from burnish.engines.connect import Api, connect, models
+from burnish.engines.endpoint import Endpoint
 from burnish.engines.local.engine import LocalEngine
+from burnish.engines.remote import Conversation, RemoteEngine
 from burnish.evals.accuracy import evaluate
 from burnish.maths.estimators import bootstrap_mean
 from burnish.models.adapters import merge
+from burnish.models.load import known, load_tokenizer
 from burnish.models.policy import Policy
 from burnish.train.loop import State
 from burnish.train.method import Method
@@ -242,13 +246,13 @@ class Questions:
     name: str
     judged: Eval
     seed: int
-    chat: ChatFormat
+    chat: ChatFormat | Conversation
     task: Task
     asked: Sequence[Item]
     validation: Sequence[Item]
 
     @classmethod
-    def of(cls, name: str, judged: Eval, seed: int, chat: ChatFormat) -> Questions:
+    def of(cls, name: str, judged: Eval, seed: int, chat: ChatFormat | Conversation) -> Questions:
         """Draw the questions, or read them. Raises DataError."""
         if judged.task is None:
             task, asked = questions_in(str(judged.file), judged.columns, judged.rows)
@@ -264,6 +268,11 @@ class Questions:
         return len(self.asked)
 
     def __call__(self, policy: Policy, stage: str, advance: Advance, poll: Callable[[], None]) -> dict[str, Any]:
+        policy.train(False)
+        return self.ask(LocalEngine(policy, end_ids=self.chat.end_ids), stage, advance, poll)
+
+    def ask(self, engine: LocalEngine | RemoteEngine, stage: str, advance: Advance, poll: Callable[[], None]) -> dict[str, Any]:
+        """The answers of one engine, judged."""
         judged = self.judged
         candidates = judged.temperature if isinstance(judged.temperature, tuple) else ()
         sampling = Sampling(
@@ -271,8 +280,6 @@ class Questions:
             top_k=judged.top_k, top_p=judged.top_p, min_p=judged.min_p, max_new_tokens=judged.max_new_tokens, stop=judged.stop,
             seed=derive(self.seed, "samples"),
         )  # fmt: skip
-        engine = LocalEngine(policy, end_ids=self.chat.end_ids)
-        policy.train(False)
         began = time.monotonic()
 
         def each_step() -> None:
@@ -366,6 +373,26 @@ def judges(recipe: Recipe, policy: Policy, built: Sequence[Built]) -> list[Any]:
     of_stage = {b.stage.name: b for b in built}
     made += [HeldOut(name, stage, of_stage[stage].method, chat) for name, stage in (recipe.held_out.items() if built else ())]
     return made
+
+
+# ---- engines over HTTP -----------------------------------------------------------------------------------------------
+
+
+def remote_engine(
+    url: str, model: str, *, api: Api = "auto", tokenizer: str | None = None, version: str = "", in_flight: int = 64
+) -> tuple[RemoteEngine, ChatFormat | Conversation]:
+    """An engine over the server at `url`, and what renders prompts for it. See engines.connect for what it raises.
+
+    tokenizer  a folder, bundled name or hub id (None: the model's own name, where it is one of these)
+    """
+    if api == "chat" and tokenizer is not None:
+        raise ConfigError("a chat API renders prompts itself and takes no tokenizer", where="--tokenizer", remedy="leave it out")
+    endpoint = Endpoint(url, in_flight=in_flight)
+    models(endpoint)  # a server that is not there is said before any tokenizer is looked for
+    source = tokenizer if tokenizer is not None else model if api != "chat" and known(model) else None
+    words = None if source is None else load_tokenizer(source)
+    chat = Conversation() if words is None else ChatFormat(words)
+    return connect(endpoint, model, api=api, tokenizer=words, end_ids=chat.end_ids, version=version), chat
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------------

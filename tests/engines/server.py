@@ -18,6 +18,7 @@ from typing import Any
 
 from burnish.core.records import Sampling, Trajectory
 from burnish.engines.local.engine import LocalEngine
+from burnish.models.policy import Policy
 from tests.engines.policies import EOS, Letters, policy
 
 KEY = "sk-secret-key-123"
@@ -37,14 +38,20 @@ class Server:
     """What it is, what it has seen, and what it will do wrong.
 
     kind      vllm: everything; openai: ids in, none out; text: takes no ids; chat: messages only
+    model     a tiny llama unless given, with the tokens its server ends at (end_ids)
     honest    False: log-probabilities after the cut, as some servers are started
     hold_s    how long each completion takes at least
     """
 
-    def __init__(self, kind: str = "vllm", *, name: str = "tiny", honest: bool = True, hold_s: float = 0.0, key: str = "") -> None:
+    def __init__(
+        self, kind: str = "vllm", *, name: str = "tiny", honest: bool = True, hold_s: float = 0.0, key: str = "",
+        model: Policy | None = None, end_ids: Sequence[int] = (EOS,),
+    ) -> None:  # fmt: skip
+        self.words: Any = WORDS if model is None else model.tokenizer
+        self.own_end_ids = tuple(end_ids)
         self.kind, self.name, self.honest, self.hold_s, self.key = kind, name, honest, hold_s, key
         self.context: int | None = 512
-        self.engine = LocalEngine(policy("llama"))
+        self.engine = LocalEngine(model or policy("llama"))
         self.faults: list[str] = []
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -82,7 +89,7 @@ class Server:
             text = "".join(m["content"] for m in body["messages"])
             return tuple(ord(c) % 90 + 3 for c in text)
         if isinstance(body["prompt"], str):
-            return tuple(WORDS.encode(body["prompt"]))
+            return tuple(self.words.encode(body["prompt"], add_special_tokens=False))
         if self.kind == "text":
             raise ValueError("prompt: wanted a string")
         return tuple(body["prompt"])
@@ -90,11 +97,11 @@ class Server:
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         ids = self.prompt_of(body)
         sampling = Sampling(
-            temperature=body["temperature"] if "temperature" in body else 1.0, top_k=body.get("top_k", 0), top_p=body.get("top_p", 1.0),
+            temperature=body.get("temperature", 1.0), top_k=body.get("top_k", 0), top_p=body.get("top_p", 1.0),
             max_new_tokens=body.get("max_tokens", 16), stop=tuple(body.get("stop", ())), seed=body.get("seed", 0),
         )  # fmt: skip
         with self.lock:
-            self.engine.end_ids = (EOS, *body.get("stop_token_ids", ()))
+            self.engine.end_ids = (*self.own_end_ids, *body.get("stop_token_ids", ()))
             node = self.engine.prefill(ids)
             (found,) = self.engine.sample([node], sampling, [(0, 0)])
             self.engine.free(node)

@@ -63,7 +63,7 @@ def case(request: pytest.FixtureRequest, truth: list[Trajectory]) -> Iterator[Ca
     elif name == "scripted":
         # longer than any limit here, because the script does not end where a limit or a stop string will end it
         long = local_rows(Sampling(temperature=0.0, max_new_tokens=40), [(i, 0) for i in range(len(GIVEN))])
-        scripts = {i: [t.completion, *((t.completion[s:] + (9, s)) for s in range(1, 6))] for i, t in enumerate(long)}
+        scripts = {i: [t.completion, *((*t.completion[s:], 9, s) for s in range(1, 6))] for i, t in enumerate(long)}
         yield Case(name, Scripted(scripts, decode=Letters().decode))
     else:
         kind = {"remote ids": "openai", "remote text": "text", "vllm": "vllm"}[name]

@@ -335,7 +335,7 @@ def test_the_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("http_proxy", fake.url)
         monkeypatch.setenv("no_proxy", "")
         far = Endpoint("http://far.example", key="")
-        with pytest.raises(Refused, match="GET http://far.example/v1/models  it answered 404"):
+        with pytest.raises(Refused, match=r"GET http://far\.example/v1/models  it answered 404"):
             far.ask(Request("GET", "/models"))  # our server takes no whole addresses
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
         assert endpoint(fake).ask(Request("GET", "/models")) == Answer(fake.models())

@@ -203,3 +203,30 @@ def _load_adapted(folder: Path, *, dtype: Dtype | torch.dtype, device: str, prob
     adapted = Policy(PeftModel.from_pretrained(base.model, folder).eval(), tokenizer, source=str(folder), probe=probe)
     adapted.decisions.update(base.decisions)
     return merge(adapted)
+
+
+def known(source: str) -> bool:
+    """Whether `source` is a bundled name, a folder, or has the form of a hub id."""
+    try:
+        resolve(source)
+    except ConfigError:
+        return False
+    return True
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """A model's tokenizer alone, without its weights. Raises ConfigError, StorageError, MachineError (unreachable hub)."""
+    from transformers import AutoTokenizer
+
+    where = resolve(source)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=isinstance(where, Path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(where, Path):
+            raise StorageError(f"holds no tokenizer that can be loaded: {reason}", where=str(where)) from error
+        raise MachineError(
+            f"cannot fetch the tokenizer of {where!r} from the hub: {reason}",
+            where="tokenizer",
+            remedy="check the name and the network, or name a folder that holds it: --tokenizer FOLDER",
+        ) from error
