@@ -408,8 +408,11 @@ def activation_bytes(policy: Policy) -> int:
 
 def free_memory() -> int:
     """Bytes that can be allocated without swapping."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free_ram()
+
+
+def free_ram() -> int:
+    """Bytes of main memory that can be allocated without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -33,6 +33,7 @@ VERBS = {  # verb -> module with a function of the same name (- is _); in the or
     "check": "burnish.cli.check",
     "coverage": "burnish.cli.coverage",
     "reward-test": "burnish.cli.reward_test",
+    "doctor": "burnish.cli.doctor",
 }
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer carries its own click, or uses yours
 _json = False
