@@ -143,6 +143,17 @@ def test_limits_and_stop_strings(case: Case, truth: list[Trajectory]) -> None:
         assert t.finish == "stop"  # this API does not say which
 
 
+def test_the_end_token_is_kept_in_the_ids_and_not_in_the_text(case: Case, truth: list[Trajectory]) -> None:
+    if not hasattr(case.engine, "end_ids") or "ids" not in case.engine.can:
+        pytest.skip("it is not told what ends a row")
+    end = truth[1].completion[4]  # an ordinary token, which decoding would show
+    case.engine.end_ids = (end,)
+    (t,) = rows(case, GREEDY, [(1, 0)])
+    size = truth[1].completion.index(end) + 1
+    assert (t.completion, t.finish) == (truth[1].completion[:size], "stop")
+    assert t.text == WORDS.decode(t.completion[:-1]) and t.cost.sampled_tokens == size
+
+
 def test_a_row_is_a_function_of_its_key(case: Case) -> None:
     keys = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     whole = [ids_of(t) for t in rows(case, WARM, keys)]

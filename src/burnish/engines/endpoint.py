@@ -304,7 +304,6 @@ class _Flight:
     def cut(self) -> None:
         """End everything under way."""
         self.over.set()
-        self.waiting.clear()
         for line in self.lines:
             line.cut()
 
