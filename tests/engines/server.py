@@ -97,7 +97,7 @@ class Server:
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         ids = self.prompt_of(body)
         sampling = Sampling(
-            temperature=body.get("temperature", 1.0), top_k=body.get("top_k", 0), top_p=body.get("top_p", 1.0),
+            temperature=body.get("temperature", 1.0), top_k=body.get("top_k", 0), top_p=body.get("top_p", 1.0), min_p=body.get("min_p", 0.0),
             max_new_tokens=body.get("max_tokens", 16), stop=tuple(body.get("stop", ())), seed=body.get("seed", 0),
         )  # fmt: skip
         with self.lock:

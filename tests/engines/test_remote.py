@@ -161,10 +161,17 @@ def test_a_prompt_without_room_is_refused_here(server: Server) -> None:
         ask(engine)
 
 
-def test_top_k_is_refused_where_the_api_has_none(server: Server) -> None:
-    with pytest.raises(ConfigError, match=r"sampling.top_k  this API has no top_k"):
-        ask(remote(server), Sampling(top_k=5))
-    assert ask(vllm(server), Sampling(top_k=1, max_new_tokens=6))[0].completion == ask(vllm(server))[0].completion
+def test_what_the_api_has_not_is_refused_and_not_left_out(server: Server) -> None:
+    for sampling, name in ((Sampling(top_k=5), "top_k"), (Sampling(min_p=0.1), "min_p")):
+        with pytest.raises(ConfigError, match=rf"sampling.{name}  this API has no {name}"):
+            ask(remote(server), sampling)
+    engine = vllm(server)
+    with pytest.raises(ConfigError, match="in another order"):
+        ask(engine, Sampling(top_p=0.9, min_p=0.1))
+    assert not server.seen
+    greedy = ask(engine)[0].completion
+    for sampling in (Sampling(top_k=1, max_new_tokens=6), Sampling(min_p=0.999, max_new_tokens=6)):
+        assert ask(engine, sampling)[0].completion == greedy
 
 
 # ---- what is sent, and what is kept

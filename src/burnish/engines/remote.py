@@ -73,7 +73,6 @@ class RemoteEngine(Nodes):
     """
 
     kind = "openai"
-    has_top_k = False
 
     def __init__(
         self,
@@ -127,9 +126,7 @@ class RemoteEngine(Nodes):
         """See engines.base. Raises MachineError where no usable answer came, ConfigError for what the API cannot do."""
         check_sampling(sampling)
         check_rows(nodes, keys)
-        if sampling.top_k and not self.has_top_k:
-            remedy = "type top_k: 0, or serve the model with vLLM"
-            raise ConfigError("this API has no top_k, and to leave it out would be another distribution", where="sampling.top_k", remedy=remedy)
+        self.check(sampling)
         requests: list[Request] = []
         for i, (node, (item, sample)) in enumerate(zip(nodes, keys)):
             path = self._held(node).path
@@ -150,6 +147,13 @@ class RemoteEngine(Nodes):
 
         self.endpoint.ask_all(requests, took, self.poll)
         return [rows[i] for i in range(len(nodes))]
+
+    def check(self, sampling: Sampling) -> None:
+        """Raise ConfigError for a setting the API has not: to leave it out would be another distribution."""
+        for name, off in (("top_k", 0), ("min_p", 0.0)):
+            if getattr(sampling, name) != off:
+                remedy = f"type {name}: {off:g}, or serve the model with vLLM"
+                raise ConfigError(f"this API has no {name}", where=f"sampling.{name}", remedy=remedy)
 
     def body(self, path: tuple[int, ...], sampling: Sampling) -> dict[str, Any]:
         """The request, less its seed. Everything is said: a server's own defaults would be another distribution."""
@@ -207,7 +211,7 @@ class RemoteEngine(Nodes):
             logprobs=said.logprobs,
             weights_version=self.weights_version,
             sampler={
-                **{k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p", "max_new_tokens", "stop", "seed")},
+                **{k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop", "seed")},
                 "item": key[0],
                 "sample": key[1],
                 "prompts": self.prompts,

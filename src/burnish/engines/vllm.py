@@ -27,7 +27,6 @@ class VllmEngine(RemoteEngine):
     """
 
     kind = "vllm"
-    has_top_k = True
 
     def __init__(self, endpoint: Endpoint, model: str, *, tokenizer: Any, logprobs: bool = True, **more: Any) -> None:
         if tokenizer is None:
@@ -38,11 +37,16 @@ class VllmEngine(RemoteEngine):
     def can(self) -> frozenset[str]:
         return frozenset({"ids", "logprobs", "score"} if self.logprobs else {"ids"})
 
+    def check(self, sampling: Sampling) -> None:
+        """See RemoteEngine. vLLM cuts by min-p before top-p, burnish after: together they are two distributions."""
+        if sampling.min_p > 0 and sampling.top_p < 1:
+            raise ConfigError("vLLM and burnish cut by min_p and top_p in another order", where="sampling.min_p", remedy="use one of the two")
+
     def body(self, path: tuple[int, ...], sampling: Sampling) -> dict[str, Any]:
         """See RemoteEngine."""
         made = super().body(path, sampling) | {
             "top_k": sampling.top_k,
-            "min_p": 0.0,
+            "min_p": sampling.min_p,
             "repetition_penalty": 1.0,
             "stop_token_ids": list(self.end_ids),
             "skip_special_tokens": False,
