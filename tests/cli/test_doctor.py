@@ -54,7 +54,7 @@ def test_a_good_installation(capsys: Capture) -> None:
     assert invoke(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     found = {check["name"]: check for check in told["checks"]}
-    assert told["usable"] and {"torch", "speed", "device", "attention", "bundled model", "memory", "disk, runs", "compiler"} <= found.keys()
+    assert told["usable"] and {"torch", "speed", "device", "attention", "bundled model", "memory", "disk, runs", "C kernels"} <= found.keys()
     import torch
 
     assert found["torch"]["found"].startswith(torch.__version__) and "GFLOP/s" in found["speed"]["found"]
@@ -128,13 +128,19 @@ def test_a_requirement_it_cannot_read_is_not_passed_over() -> None:
         satisfies("2.1", "~=2.0")
 
 
-def test_the_kernel_the_compiler_and_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_and_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("burnish.forest.blocks._stock_works", lambda dtype: dtype.itemsize == 4)
     (attention,) = module._attention()
     assert attention.state == "note" and "cannot be used in bf16:" in attention.found
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    (compiler,) = module._compiler()
-    assert compiler.state == "note" and "a C++ compiler missing" in compiler.found
+    for why, said in (("no C compiler (cc, gcc or clang) on the path", "apt-get install gcc"), ("BURNISH_NO_KERNELS is set", "unset BURNISH_NO_KERNELS")):
+        monkeypatch.setattr("burnish.maths.kernels.library", lambda why=why: (None, why))
+        monkeypatch.setattr("burnish.maths.kernels.kernels_for", lambda dtype: None)
+        (kernels,) = module._kernels()
+        assert kernels.state == "note" and why in kernels.found and said in (kernels.remedy or "")
+    monkeypatch.setattr("burnish.maths.kernels.library", lambda: (object(), "built by cc"))
+    monkeypatch.setattr("burnish.maths.kernels.kernels_for", lambda dtype: object() if dtype.itemsize == 4 else None)
+    (kernels,) = module._kernels()
+    assert kernels.state == "note" and "differ from torch in bf16" in kernels.found
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 10**10 - 10**8, 10**8))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "there"))
     assert [c.state for c in module._disk()] == ["note", "note"] and "0.1 GB free" in next(module._disk()).found

@@ -64,6 +64,17 @@ def test_what_a_person_reads(server: Server, folder: Path, capsys: Capture) -> N
     assert "1 requests were sent again" in table
 
 
+def test_a_strategy_that_needs_logprobs(server: Server, folder: Path, capsys: Capture) -> None:
+    words = [str(folder), *QUESTIONS, "--engine", server.url, "--strategy", "best_of:2@logprob"]
+    found = told(capsys, *words)
+    assert found["strategies"][0]["strategy"] == "best_of:2@logprob" and found["engine"]["usage"] == {"counted": 10}
+    server.honest = False
+    server.seen.clear()
+    error = told(capsys, *words, code=2)["error"]
+    assert "needs an engine that can report the log-probability" in error["message"] and "VllmEngine offers: ids" in error["remedy"]
+    assert len(server.seen) == 1  # the trial alone: refused before a question was asked
+
+
 def test_what_is_wrong_is_said_with_what_to_type(server: Server, folder: Path, tmp_path: Path, capsys: Capture) -> None:
     asked = [str(folder), *QUESTIONS]
     cases: list[tuple[list[str], int, str]] = [

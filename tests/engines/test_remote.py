@@ -389,7 +389,8 @@ def test_chat_needs_no_tokenizer() -> None:
         sampling = Sampling(max_new_tokens=5, seed=2)
         found = engine.sample([node] * 2, sampling, [(0, 0), (0, 1)])
         assert fake.seen[-1]["messages"] == [{"role": m.role, "content": m.content} for m in said]
-        assert [len(t.logprobs or ()) for t in found] == [5, 5] and found[0].text != found[1].text
+        assert [len(t.logprobs or ()) for t in found] == [5, 5] == [t.meta["logprobs_of"] for t in found]
+        assert found[0].text != found[1].text
         ways = [t.meta["usage"] for t in found]
         assert sorted(ways) == ["estimated", "reported"]
         other = found[ways.index("estimated")]

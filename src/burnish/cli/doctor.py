@@ -9,8 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -48,10 +46,10 @@ def doctor(
     ready = not any(check.state == "bad" for check in checks)
     checks += extras()
     if ready:
-        checks += [*_torch(), *_attention(), *_bundled(), *_memory()]
+        checks += [*_torch(), *_attention(), *_kernels(), *_bundled(), *_memory()]
     else:
         checks.append(Check("machine", "note", "not measured: the packages come first"))
-    checks += [*_disk(), *_compiler()]
+    checks += _disk()
     if network:
         checks.append(_hub())
     usable = not any(check.state == "bad" for check in checks)
@@ -215,6 +213,24 @@ def _attention() -> Iterator[Check]:
         yield Check("attention", "note", found, "use a version of torch that burnish is tested with (constraints/cpu.txt)")
 
 
+def _kernels() -> Iterator[Check]:
+    """The C kernels, which are built when first asked for; torch's operations do their work where there are none."""
+    import torch
+
+    from burnish.maths.kernels import OFF, kernels_for, library
+
+    found, why = library()
+    works = {"fp32": kernels_for(torch.float32), "bf16": kernels_for(torch.bfloat16)}
+    wrong = " and ".join(name for name, kernels in works.items() if kernels is None)
+    if not wrong:
+        yield Check("C kernels", "ok", f"{why}, and agree with torch")
+    elif found is None:
+        remedy = "apt-get install gcc, or what your system calls a C compiler" if "compiler" in why else f"unset {OFF}" if OFF in why else "rm -r ~/.cache/burnish/kernels, and look at that message"
+        yield Check("C kernels", "note", f"none ({why}): torch's operations are used, which are right and slower", remedy)
+    else:
+        yield Check("C kernels", "note", f"{why}, and differ from torch in {wrong}, where they are not used", "try another C compiler: export CC=...")
+
+
 def _bundled() -> Iterator[Check]:
     from burnish.core.errors import BurnishError
     from burnish.models.load import bundled, check_folder, resolve
@@ -250,22 +266,6 @@ def _disk() -> Iterator[Check]:
             yield Check(name, "note", f"{free / 1e9:.1f} GB free in {folder}", "a checkpoint takes about four times its model")
         else:
             yield Check(name, "ok", f"{free / 1e9:.1f} GB free in {folder}")
-
-
-def _compiler() -> Iterator[Check]:
-    """What torch.compile builds kernels with on a CPU. Nothing in burnish needs it."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    missing = [name for name, there in (("a C++ compiler", compiler), ("Python's headers", headers.exists())) if not there]
-    if compiler is None or missing:
-        found = f"torch.compile would not work: {' and '.join(missing)} missing; burnish runs without it"
-        yield Check("compiler", "note", found, "apt-get install g++ python3-dev, or what your system calls them")
-        return
-    try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=10, check=True)
-        yield Check("compiler", "ok", (done.stdout.splitlines() or [compiler])[0])
-    except (OSError, subprocess.SubprocessError) as error:
-        yield Check("compiler", "note", f"{compiler} does not run: {error}", "install it again; burnish runs without it")
 
 
 def _hub(open_url: Callable[..., Any] = urlopen) -> Check:

@@ -67,7 +67,8 @@ class RemoteEngine(Nodes):
     version    yours, for the weights behind that name: `weights_version` is model@version
     tokenizer  needed for prompts "text", to turn ids into text, and to count what the server does not
     prompts    how they travel: token ids, text (which the server tokenises again), or messages (see Conversation)
-    logprobs   ask for log-probabilities: only where they are those of the model itself (see engines.connect)
+    logprobs   ask for log-probabilities: only where they are those of the model itself (see engines.connect). Many
+               servers leave the end token's out: `meta["logprobs_of"]` says how many sampled tokens they cover
     context    most tokens of prompt and completion, None where the server does not say
     poll       called many times a second while waiting; what it raises ends the call and cuts the connections
     """
@@ -220,7 +221,8 @@ class RemoteEngine(Nodes):
             finish=finish,
             text=text,
             cost=Spend(prefill_tokens=prefill * (1 + answer.lost), sampled_tokens=sampled),
-            meta={"usage": how, "attempts": answer.attempts, "lost": answer.lost},
+            meta={"usage": how, "attempts": answer.attempts, "lost": answer.lost}
+            | ({} if said.logprobs is None or ids is not None else {"logprobs_of": len(said.logprobs)}),
         )
 
     def settle(self, said: Said, finish: Finish, stop: Sequence[str]) -> tuple[Said, str]:
