@@ -174,10 +174,11 @@ def need(engine: Engine, who: str, *capabilities: Capability) -> None:
     missing = [c for c in capabilities if c not in engine.can]
     if missing:
         offers = ", ".join(sorted(engine.can)) or "sampling only"
+        inner = getattr(engine, "engine", engine)  # a pool offers what its engine does
         raise ConfigError(
             f"needs an engine that can {' and '.join(MEANING[c] for c in missing)}",
             where=who,
-            remedy=f"{type(engine).__name__} offers: {offers}; use the local engine",
+            remedy=f"{type(inner).__name__} offers: {offers}; use the local engine",
         )
 
 
