@@ -262,12 +262,16 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+class Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # a caller that finds the queue full waits a second
+
+
 @contextmanager
 def serving(kind: str = "vllm", **more: Any) -> Iterator[Server]:
     """A server for the time of a `with`."""
     fake = Server(kind, **more)
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
+    http = Listener(("127.0.0.1", 0), Handler)
     http.fake = fake  # type: ignore[attr-defined]
     fake.url = f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
