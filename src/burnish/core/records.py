@@ -79,7 +79,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Spend:
-    """What an answer cost, in units that compare training with inference. Tokens are counted, never estimated."""
+    """What an answer cost, in units that compare training with inference. Tokens are counted.
+
+    One exception: a server over HTTP may not report them. Its trajectories say so (`meta["usage"] == "estimated"`).
+    """
 
     prefill_tokens: int = 0
     sampled_tokens: int = 0
