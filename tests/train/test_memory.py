@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,14 @@ from tests.forest.tiny import tiny
 from tests.train.test_loop import SETTINGS, method, policy, same, train, weights
 
 WORDS = SimpleNamespace(eos_token_id=2)
+
+
+@pytest.fixture(autouse=True)
+def the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """It is the whole process's; -> how often it was asked to give memory back."""
+    asked: list[int] = []
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: asked.append(1))
+    return asked
 
 
 def wide(family: str = "qwen3", adapter: bool = False, dtype: torch.dtype = torch.float32, **more: Any) -> Policy:
@@ -353,6 +363,31 @@ def test_nothing_of_the_failed_forward_is_kept(tmp_path: Path) -> None:
 def test_an_error_of_another_kind_passes(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "00-x", 2, on=failing(policy(), lambda k, t: True, ZeroDivisionError()))
+
+
+def test_freed_memory_is_given_back_only_where_memory_is_short(tmp_path: Path, the_allocator_is_left_alone: list[int]) -> None:
+    train(tmp_path / "00-a", 2)
+    assert not the_allocator_is_left_alone
+    train(tmp_path / "00-b", 2, memory=Memory.fixed(1000, checkpointing="layers"))
+    assert the_allocator_is_left_alone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_what_is_freed_is_gone() -> None:
+    """In a process of its own, because it lasts: blocks freed between others that stay."""
+    code = """
+import torch
+from burnish.core.machine import resident_bytes, return_freed_memory
+import sys
+if sys.argv[1] == "yes": return_freed_memory()
+torch.zeros(30 << 20, dtype=torch.uint8)  # freed: glibc's own threshold rises above what follows
+blocks = [torch.ones(2 << 20, dtype=torch.uint8) for _ in range(100)]
+full = resident_bytes()
+del blocks[:-1:2]
+print(full - resident_bytes())
+"""
+    given = {a: int(subprocess.run([sys.executable, "-c", code, a], capture_output=True, text=True, check=True).stdout) for a in ("yes", "no")}
+    assert given["yes"] > 90 << 20 > 10 << 20 > given["no"]
 
 
 def test_a_stage_decides_at_its_first_step(tmp_path: Path) -> None:

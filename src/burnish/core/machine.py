@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -25,6 +26,18 @@ def peak_resident_bytes() -> int:
     """The most resident memory this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> None:
+    """From here on glibc gives memory back to the system as soon as it is freed, in pieces of 1 MB or more.
+
+    Otherwise it keeps what was freed, in pieces that later requests do not fit: a process of 72 MB of activations held
+    166 MB, one of 268 MB 347 MB (bundled model, 4,096 tokens). Fresh pages cost time, so it is for where memory is short.
+    """
+    try:
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which glibc then no longer raises by itself
+    except (OSError, AttributeError):
+        return  # another C library: freed memory is kept or returned as it sees fit
 
 
 def free_host_bytes() -> int:

@@ -188,8 +188,7 @@ def one_step(
         say(str(memory.plan(1)))
     dice = Dice(policy.device)
     while True:
-        plan = memory.plan(state.step + 1)
-        policy.checkpoint(plan.checkpointing)
+        plan = memory.follow(state.step + 1, policy)
         optimiser.zero()
         try:
             loss, labels, tokens, useful, executed = gradients(policy, method, plan, work, shape)

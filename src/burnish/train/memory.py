@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import MachineError
-from burnish.core.machine import free_host_bytes, resident_bytes
+from burnish.core.machine import free_host_bytes, resident_bytes, return_freed_memory
 from burnish.forest.pack import Micro
 from burnish.forest.stream import Tree
 from burnish.models.policy import Policy
@@ -135,6 +135,14 @@ class Memory:
     def plan(self, step: int) -> Plan:
         """What step `step` follows (the first is 1)."""
         return [plan for since, plan in self.plans if since <= step][-1]
+
+    def follow(self, step: int, policy: Policy) -> Plan:
+        """The plan of this step, with the policy and the allocator set to it: where memory is short, freed is free."""
+        plan = self.plan(step)
+        policy.checkpoint(plan.checkpointing)
+        if policy.device.type == "cpu" and (self.limit is not None or plan.checkpointing != "off"):
+            return_freed_memory()
+        return plan
 
     # ---- at the first step
 
