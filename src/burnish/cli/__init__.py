@@ -32,6 +32,7 @@ VERBS = {  # verb -> module with a function of the same name; in the order of `b
     "cp": "burnish.cli.cp",
     "check": "burnish.cli.check",
     "coverage": "burnish.cli.coverage",
+    "estimate": "burnish.cli.estimate",
 }
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer carries its own click, or uses yours
 _json = False
