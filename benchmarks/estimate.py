@@ -83,8 +83,8 @@ def child(what: str, recipe: str, model: str, threads: int, cpu_time: bool, runs
     from burnish.pipeline import run
     from burnish.train.log import Progressing
 
-    speed = {str(d): gflops(d) for d in (torch.float32, torch.bfloat16)}
     base = resident_bytes()
+    speed = {str(d): gflops(d) for d in (torch.float32, torch.bfloat16)}
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     done = run(recipe, under=Path(runs), progress=Progressing(quiet=True))
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

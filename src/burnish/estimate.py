@@ -16,8 +16,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,26 @@ from burnish.config.check import check
 from burnish.config.load import load
 from burnish.config.schema import Recipe
 from burnish.core.errors import MachineError
-from burnish.core.ledger import decode_flops, forward_flops, train_flops
+from burnish.core.ledger import forward_flops, train_flops
 from burnish.core.machine import peak_resident_bytes, resident_bytes
-from burnish.core.records import ModelShape, Sampling
+from burnish.core.records import ModelShape, Spend
 from burnish.core.runs import file_sha256
 from burnish.engines.local.arena import KEYS_STEP, Arena
 from burnish.engines.local.engine import LocalEngine
-from burnish.evals.accuracy import prompts_of
+from burnish.engines.local.rollout import MEMBERS_PER_ROW
+from burnish.evals.accuracy import deciding, prompts_of
 from burnish.forest.pack import Batch, Micro
 from burnish.models.load import load_policy, resolve
 from burnish.models.policy import Policy
 from burnish.search.base import strategy
 from burnish.train.loop import State, one_step
-from burnish.train.memory import Holdings, Plan
+from burnish.train.memory import Holdings, Plan, bytes_of
 from burnish.train.method import Work
 from burnish.train.optim import Optimiser
 
 Say = Callable[[str], None]
 PROBE_S = 4.0  # about what one phase's miniature may take
 BATCHES = 100  # optimiser batches that are counted one by one; a longer stage is as these were
-LENGTH_ROWS = 64  # fewer answers do not say how long answers are
 TOKEN_BYTES = 24 + 8 + 8 + 28  # of one sampled token in a trajectory: a float, two places in tuples, an int
 CHECKPOINT_PROBE = 32 << 20
 
@@ -98,16 +98,17 @@ def import_everything(model: str) -> None:
     import peft  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import burnish.pipeline  # noqa: F401
+    import burnish.pipeline
     import burnish.report.write  # noqa: F401
 
     where = resolve(model)
     if isinstance(where, Path) and not (where / "config.json").exists():
         return  # an adapter: its base is found when it is loaded
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    AutoModelForCausalLM._model_mapping[type(config)]  # imports the module that defines it
+    AutoModelForCausalLM._model_mapping.get(type(config), None)  # imports the module that defines it
     a = torch.randn(256, 256)
-    torch.mm(a, a).to(torch.bfloat16) @ a.to(torch.bfloat16)  # the products' own libraries
+    torch.mm(a, a)
+    torch.mm(a.to(torch.bfloat16), a.to(torch.bfloat16))  # the products' own libraries
 
 
 def estimate(source: str | os.PathLike[str], overrides: Sequence[str] = (), say: Say = lambda text: None) -> dict[str, Any]:
@@ -124,7 +125,6 @@ class _Dry:
         self.recipe, self.say = recipe, say
         import_everything(recipe.model)
         self.baseline = resident_bytes()
-        self.top = 0  # the most any phase so far needed
 
     def run(self) -> dict[str, Any]:
         recipe = self.recipe
@@ -133,7 +133,7 @@ class _Dry:
         self.load_s = time.perf_counter() - begin
         if policy.device.type != "cpu":
             raise MachineError("estimates are made for the CPU only so far", where="burnish estimate", remedy="type --set device=cpu")
-        self.weights = Holdings.of(policy, _NoOptimiser()).weights  # type: ignore[arg-type]
+        self.weights = bytes_of([*policy.model.parameters(), *policy.model.buffers()])
         dtype = policy.dtype
         self.speed = {name: gflops(t) for name, t in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
         self.peak = self.speed["bfloat16" if dtype == torch.bfloat16 else "float32"]
@@ -141,15 +141,18 @@ class _Dry:
         every = judges(recipe, policy, built)
         base = StageEstimate("base", [Phase("load", self.load_s)])
         decoded: dict[str, _Decoded] = {}
+        held = resident_bytes() - self.baseline
+        top = held
         for judge in every:
             self.say(f"base/{judge.name}")
             if isinstance(judge, Questions):
+                before = resident_bytes() - self.baseline
                 decoded[judge.name] = self._decode(judge, policy)
-                base.phases.append(self._answers(judge, decoded[judge.name], policy.shape, None))
+                top = max(top, before + decoded[judge.name].grows)
+                base.phases.append(self._answers(judge, decoded[judge.name], None))
             else:
                 base.phases.append(self._likelihood(judge, policy))
-        held = resident_bytes() - self.baseline
-        answers = max((d.grows for d in decoded.values()), default=0)
+        answers = top - held
         base.memory = {"weights": self.weights, "tokenizer, data and runtime": max(0, held - self.weights), "answers": answers}
         stages = [base]
         # in a run the base stays loaded beside what is judged after a stage
@@ -171,7 +174,7 @@ class _Dry:
     def _load(self) -> Policy:
         return load_policy(self.recipe.model, dtype=self.recipe.dtype)
 
-    def _rate(self, flops: float, seconds: float) -> dict[str, float]:
+    def _rate(self, flops: float, seconds: float) -> dict[str, Any]:
         rate = flops / max(seconds, 1e-9) / 1e9
         return {"gflops": round(rate, 2), "efficiency": round(rate / self.peak, 4)}
 
@@ -190,9 +193,8 @@ class _Dry:
         waste = taken.flops / taken.useful
         executed = count.useful_flops * waste
         steps = built.method.total_steps
-        found.phases.append(
-            Phase("train", executed / rate + steps * taken.fixed_s, count.tokens, count.useful_flops, int(executed), **self._rate(executed, executed / rate + steps * taken.fixed_s))
-        )  # fmt: skip
+        seconds = executed / rate + steps * taken.fixed_s
+        found.phases.append(Phase("train", seconds, count.tokens, count.useful_flops, int(executed), **self._rate(executed, seconds)))
         validation = built.validation
         passes = 0
         if validation is not None and train.validate_every:
@@ -206,11 +208,11 @@ class _Dry:
         for judge in every:
             if names is None or judge.name in names:
                 if isinstance(judge, Questions):
-                    found.phases.append(self._answers(judge, decoded[judge.name], shape, built))
+                    found.phases.append(self._answers(judge, decoded[judge.name], built))
                 else:
                     found.phases.append(self._forward(judge.name, judge.method.validation, shape, 1, rate))
         # what the run's largest micro-batch holds beyond the miniature's, in the pieces that the allocator held
-        pieces = taken.held / max(1, taken.tracked)
+        pieces = taken.held / max(1, taken.tracked_activations)
         activations = taken.activations(work)
         more = max(0, activations - taken.tracked_activations)
         in_pieces = max(0, int(taken.grown - taken.tracked + more * max(0.0, pieces - 1)))
@@ -246,120 +248,92 @@ class _Dry:
         return Phase(name, flops / rate, passes * tokens, flops, flops, **self._rate(flops, flops / rate))
 
     def _decode(self, judge: Questions, policy: Policy) -> _Decoded:
-        """Draw some of an eval's answers: how long they are, and how fast they come."""
-        judged, shape = judge.judged, policy.shape
+        """Answer some of an eval's questions, by all its strategies: how long answers are, and how fast they come."""
+        judged = judge.judged
         bound = [strategy(text) for text in dict.fromkeys(judged.strategies)]
-        drawing = [int(b.parameters.get("draws") or b.parameters.get("n") or 1) for b in bound if b.spec.name != "greedy"]
-        greedy = len(bound) - len(drawing)
-        candidates = judged.temperature if isinstance(judged.temperature, tuple) else ()
-        each = (greedy > 0) + max(drawing, default=0)
-        votes = [int(b.parameters["n"]) for b in bound if b.spec.name == "vote"]
-        choosing = len(judge.validation) * len(set(candidates)) * (max(votes) if votes else 1) if drawing and candidates else 0
-        samples = len(judge.asked) * each + choosing
-        engine = LocalEngine(policy, end_ids=judge.chat.end_ids)
-        policy.train(False)
-        prompts = prompts_of(judge.chat, judge.asked)
-        mean = sum(len(p.ids) for p in prompts) / len(prompts)
-        token_flops = decode_flops(shape, 1, {w: int(mean) for w in set(shape.windows)})
-        affordable = int(PROBE_S * 0.3 * self.peak * 1e9 / token_flops)
-        limit = judged.max_new_tokens
-        rows = max(1, min(samples, engine.rows, affordable // limit))
-        known = rows >= min(LENGTH_ROWS, samples)
-        if not known:
-            rows = min(samples, LENGTH_ROWS, engine.rows)
-            limit = max(2, min(limit, affordable // rows))
-        temperature = float(candidates[0] if candidates else judged.temperature)  # type: ignore[arg-type]
-        sampling = Sampling(0.0 if not drawing else temperature, judged.top_k, judged.top_p, limit, judged.stop, seed=self.recipe.seed)
-        chosen = [prompts[i * len(prompts) // rows] for i in range(rows)] if rows <= len(prompts) else [prompts[i % len(prompts)] for i in range(rows)]
-        few = engine.prefill_many([p.ids for p in chosen[:4]])
-        engine.sample(few, Sampling(temperature=0.0, max_new_tokens=2), [(i, 0) for i in range(len(few))])  # the first product of a shape is slow
-        for node in few:
-            engine.free(node)
-        gc.collect()
-        spent = engine.spend
-        before = resident_bytes()
-        begin = time.perf_counter()
-        with _peak() as peak:
-            nodes = engine.prefill_many([p.ids for p in chosen])
-            drawn = engine.sample(nodes, sampling, [(p.item, i) for i, p in enumerate(chosen)])
-        took = time.perf_counter() - begin
-        spend = engine.spend
-        tokens = spend.sampled_tokens - spent.sampled_tokens
-        for node in nodes:
-            engine.free(node)
-        # keys and values of the nodes and slots a whole eval holds beyond these, and its trajectories
-        per_token = engine.bytes_per_token * shape.layers
-        spans = [Arena(), Arena()]
-        for arena, asked in zip(spans, ({p.ids for p in chosen}, {p.ids for p in prompts})):
-            for ids in asked:
-                arena.allocate(len(ids))
-        size = -(-(int(max(len(p.ids) for p in prompts)) + min(judged.max_new_tokens, 64)) // KEYS_STEP) * KEYS_STEP
-        slots = min(samples, engine.rows, engine.tokens_held // size) - min(rows, engine.rows)
-        nodes_more = min(spans[1].spans.capacity, 2 * engine.tokens_held) - spans[0].spans.capacity
-        longest = max(len(t.completion) for t in drawn)
+        draws = [int(b.parameters.get("draws") or b.parameters.get("n") or 1) for b in bound if b.spec.name != "greedy"]
+        each = (len(draws) < len(bound)) + max(draws, default=0)  # samples of a question: strategies share theirs
+        temperatures = judged.temperature if isinstance(judged.temperature, tuple) and draws else ()
+        choosing = len(judge.validation) * len(set(temperatures)) * deciding(bound).parameters.get("n", 1) / each
+
+        def answer(questions: int, limit: int) -> tuple[Spend, float, int]:
+            """(spend, seconds, growth in bytes) of so many questions, answers cut at `limit` tokens."""
+            part = replace(judge, asked=judge.asked[:questions], validation=(), judged=judged.model_copy(update={"max_new_tokens": limit}))
+            gc.collect()
+            before, begin = resident_bytes(), time.perf_counter()
+            with _peak() as peak:
+                result = part(policy, "base", lambda done, note="": None, lambda: None)
+            return Spend(**result["spend"]), time.perf_counter() - begin, max(0, peak() - before)
+
+        most, n = judged.max_new_tokens, len(judge.asked)
+        few, short = min(n, 2), min(most, 8)
+        answer(few, short)  # the first product of a shape is slow
+        spend, took, _ = answer(few, short)
+        # many rows at once are several times as fast as a few, and most answers end early
+        affordable = 4 * PROBE_S * spend.sampled_tokens / took
+        questions = int(max(few, min(n, affordable // (each * most))))
+        limit = int(min(most, max(short, affordable // (each * questions))))
+        spend, took, grows = answer(questions, limit)
+        per_question = (n + choosing) / questions
+        length = spend.sampled_tokens / (questions * each)
+        known = limit == most
+        stretch = 1.0 if known else most / length
         return _Decoded(
-            samples=samples, prompts=len({p.ids for p in prompts}) + (len(judge.validation) * len(set(candidates)) if choosing else 0),
-            prompt_tokens=sum(len(ids) for ids in {p.ids for p in prompts}), length=tokens / rows if known else float(judged.max_new_tokens),
-            known=known, seconds_per_flop=took / max(1, spend.executed_flops - spent.executed_flops),
-            flops_per_token=(spend.executed_flops - spent.executed_flops) / max(1, tokens),
-            useful_per_token=(spend.useful_flops - spent.useful_flops) / max(1, tokens), longest=longest,
-            grows=max(0, peak() - before) + per_token * (max(0, nodes_more) + max(0, slots) * size)
-            + TOKEN_BYTES * max(0, int(len(judge.asked) * each * tokens / rows) - tokens),
+            tokens=spend.sampled_tokens * per_question * stretch, length=length * stretch, known=known,
+            useful_flops=spend.useful_flops * per_question * stretch, executed_flops=spend.executed_flops * per_question * stretch,
+            seconds=took * per_question * stretch,
+            grows=grows + self._held_by_all(judge, policy, questions, each, length * stretch),
         )  # fmt: skip
 
-    def _answers(self, judge: Questions, decoded: _Decoded, shape: ModelShape, after: Built | None) -> Phase:
+    def _held_by_all(self, judge: Questions, policy: Policy, questions: int, each: int, length: float) -> int:
+        """Bytes that answering all questions at once holds above answering some: keys, values and what was drawn."""
+        engine = LocalEngine(policy)
+        ids = [p.ids for p in prompts_of(judge.chat, judge.asked)]
+        arenas = (Arena(), Arena())
+        for arena, asked in zip(arenas, (ids, ids[:questions])):
+            for one in dict.fromkeys(asked):
+                arena.allocate(len(one))
+        size = -(-(max(map(len, ids)) + min(judge.judged.max_new_tokens, 64)) // KEYS_STEP) * KEYS_STEP
+        slots = [min(q * each, MEMBERS_PER_ROW * engine.rows, engine.tokens_held // size) for q in (len(ids), questions)]
+        keys = min(arenas[0].spans.capacity, engine.tokens_held) - arenas[1].spans.capacity + (slots[0] - slots[1]) * size
+        drawn = int((len(ids) - questions) * each * length) * TOKEN_BYTES
+        return max(0, keys) * engine.bytes_per_token * engine.shape.layers + drawn
+
+    def _answers(self, judge: Questions, decoded: _Decoded, after: Built | None) -> Phase:
         """An eval: as long as the base's answers, or as the rows a stage learned from where it learned this task."""
-        length, assumed = decoded.length, "" if decoded.known else f"every answer takes max_new_tokens, {judge.judged.max_new_tokens}"
+        most = judge.judged.max_new_tokens
+        longer, assumed = 1.0, "" if decoded.known else f"every answer takes max_new_tokens, {most}"
         taught = next((s for s in after.stage.data if s.task is not None and s.task == judge.judged.task), None) if after else None
         if taught is not None:
             encode = judge.chat.tokenizer.encode
             texts = [i.rationale if taught.target == "rationale" else i.answer for i in judge.asked[:200]]
-            length = min(judge.judged.max_new_tokens, 1 + sum(len(encode(t, add_special_tokens=False)) for t in texts) / len(texts))
-            assumed = "answers as long as the rows that were learned"
+            length = 1 + sum(len(encode(t, add_special_tokens=False)) for t in texts) / len(texts)
+            longer, assumed = min(most, length) / decoded.length, "answers as long as the rows that were learned"
         elif after is not None and decoded.known:
             assumed = "answers as long as the base's"
-        tokens = int(decoded.samples * length)
-        flops = decoded.flops_per_token * tokens
-        seconds = flops * decoded.seconds_per_flop
-        return Phase(
-            judge.name, seconds, tokens, int(decoded.useful_per_token * tokens), int(flops), **self._rate(flops, seconds), assumed=assumed
-        )
+        seconds, flops = decoded.seconds * longer, decoded.executed_flops * longer
+        tokens, useful = int(decoded.tokens * longer), int(decoded.useful_flops * longer)
+        return Phase(judge.name, seconds, tokens, useful, int(flops), **self._rate(flops, seconds), assumed=assumed)
 
 
 @dataclass
 class _Decoded:
-    """What drawing some of an eval's answers said about drawing all of them. grows: bytes."""
+    """A whole eval of the base model, from some of its questions. length: tokens of an answer; grows: bytes."""
 
-    samples: int
-    prompts: int
-    prompt_tokens: int
+    tokens: float
     length: float
     known: bool
-    seconds_per_flop: float
-    flops_per_token: float
-    useful_per_token: float
-    longest: int
+    useful_flops: float
+    executed_flops: float
+    seconds: float
     grows: int
-
-
-class _NoOptimiser:
-    """Holds nothing yet."""
-
-    working: dict[str, Any] = {}
-    masters: dict[str, Any] = {}
-    moments_bytes = 0
-
-    def moments(self) -> list[Any]:
-        return []
 
 
 @contextmanager
 def _peak() -> Iterator[Callable[[], int]]:
     """The most resident memory from here on; where the system keeps only the process's peak, that."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
 
     def most() -> int:
         try:

@@ -213,15 +213,15 @@ def test_a_limit_is_held_against_what_the_process_holds(monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "used_bytes", lambda device: 10**9)
     made = decided(monkeypatch, 10**10, limit=10**9 + 60_000_000)
     assert made.plan(1) == decided(monkeypatch, 60_000_000).plan(1)
-    with pytest.raises(MachineError, match="train.memory_bytes"):
+    with pytest.raises(MachineError, match=r"train\.memory_bytes"):
         decided(monkeypatch, 10**10, limit=10**9)
 
 
 def test_a_label_budget_where_logits_are_what_does_not_fit() -> None:
     ten = activations.Line(0, 10)
     found = activations.Activations(
-        body=ten, kept=ten, start=ten, layers=ten, embedding=ten,
-        head_fixed=0, row_bytes=1000, row_after=1, chunk_rows=10**6, several_bytes=0,
+        body=ten, kept=ten, layers=ten, embedding=ten, chunk_rows=10**6,
+        one=(activations.Head(0, 0, 1000), activations.Head(0, 0, 0)), several=(activations.Head(0, 0, 0), activations.Head(0, 0, 0)),
     )  # fmt: skip
     made = Memory()
     tokens = made._tokens(found, 100_000)

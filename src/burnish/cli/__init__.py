@@ -31,8 +31,8 @@ VERBS = {  # verb -> module with a function of the same name; in the order of `b
     "show": "burnish.cli.show",
     "cp": "burnish.cli.cp",
     "check": "burnish.cli.check",
-    "coverage": "burnish.cli.coverage",
     "estimate": "burnish.cli.estimate",
+    "coverage": "burnish.cli.coverage",
 }
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer carries its own click, or uses yours
 _json = False

@@ -24,7 +24,9 @@ from burnish.maths.head import Objective, row_limit
 from burnish.models.policy import Policy
 
 TOKENS = (64, 192)  # of the micro-batches measured: the line through them was 0.1 % off at 4,096 (spark, fp32)
-ROWS = 48
+FEWEST_HEAD_ROWS = 64
+HEAD_ROWS = 4096  # the most rows the head is measured with; fewer where the vocabulary is large:
+HEAD_LOGITS = 2**23  # four of the tiles it works by, beyond which its memory is a line
 
 
 class Watch(TorchDispatchMode):
@@ -46,6 +48,10 @@ class Watch(TorchDispatchMode):
         return out
 
     def _meet(self, x: Tensor, *, counts: bool) -> None:
+        if x.is_sparse:
+            for part in (x._indices(), x._values()):
+                self._meet(part, counts=counts)
+            return
         storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes() if counts else 0
         if key in self._known:
@@ -81,45 +87,60 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Head:
+    """bytes = fixed + chunk_row * (rows of a chunk) + row * (all rows), above what the body kept
+
+    forward: while the head works; after: while its gradients reach their places.
+    """
+
+    fixed: float
+    chunk_row: float
+    row: float
+
+    def at(self, chunk: int, rows: int) -> float:
+        return self.fixed + self.chunk_row * chunk + self.row * rows
+
+
+@dataclass(frozen=True)
 class Activations:
     """Bytes a micro-batch of T tokens and N head rows holds above what stands there anyway: the largest of
 
-    body(T)                   while the body runs forward
-    kept(T) + head(N)         while the head works: one chunk of logits, and with several chunks what sums over them
-    start(T) + row_after * N  while the head's gradients reach their places
-    layers(T)                 while the layers run backward
-    embedding(T)              while the embedding takes its gradient
+    body(T)             while the body runs forward
+    kept(T) + head(N)   while the head works and its gradients reach their places
+    layers(T)           while the layers run backward
+    embedding(T)        while the embedding takes its gradient
 
     Each is a line of its own: a large vocabulary's gradient hides the layers behind it in small micro-batches.
-    row_bytes        of the head, a row of the chunk; row_after: what a row leaves for the backward
-    chunk_rows       rows of one chunk, where there are more than one
-    several_bytes    more, where there are several chunks
+    one, several        the head with all rows in one chunk, and with more than `chunk_rows`; forward and after
     """
 
     body: Line
     kept: Line
-    start: Line
     layers: Line
     embedding: Line
-    head_fixed: float
-    row_bytes: float
-    row_after: float
+    one: tuple[Head, Head]
+    several: tuple[Head, Head]
     chunk_rows: int
-    several_bytes: float
 
     def head(self, rows: int) -> float:
         """What the head needs for itself."""
-        chunk = min(rows, self.chunk_rows)
-        return self.head_fixed + self.row_bytes * chunk + self.row_after * (rows - chunk) + self.several_bytes * (rows > chunk)
+        planes = self.one if rows <= self.chunk_rows else self.several
+        return max(plane.at(min(rows, self.chunk_rows), rows) for plane in planes)
 
     def peak(self, tokens: int, rows: int) -> int:
         """The most at once."""
-        forward = max(self.body.at(tokens), self.kept.at(tokens) + self.head(rows))
-        backward = max(self.start.at(tokens) + self.row_after * rows, self.layers.at(tokens), self.embedding.at(tokens))
-        return int(max(forward, backward))
+        return int(max(self.body.at(tokens), self.kept.at(tokens) + self.head(rows), self.layers.at(tokens), self.embedding.at(tokens)))
 
     def to_json(self) -> dict[str, Any]:
-        return {k: round(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return _rounded(asdict(self))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return round(value) if isinstance(value, float) else value
 
 
 class Dice:
@@ -142,30 +163,63 @@ Run = Callable[[Micro, Objective, int | None, Callable[[], None]], None]
 
 
 def measure(policy: Policy, trees: Sequence[Tree], run: Run) -> Activations:
-    """Run four micro-batches made of these trees' segments. Gradients are left with what they added; the dice are put back."""
+    """Run small micro-batches made of these trees' segments: two through the whole, the rest through the head alone.
+
+    Gradients are left with what they added; the dice are put back.
+    """
     dice = Dice(policy.device)
+    whole = [_phases(policy, like(trees, t, 1), run, None) for t in TOKENS]
+    body, kept, _, _, layers, embedding = zip(*whole)
     weight = policy.head_weight()
-    limit = row_limit(2**31, weight, None, weight_trained=weight.requires_grad)
+    limit, vocabulary = row_limit(2**31, weight, None, weight_trained=weight.requires_grad), len(weight)
     del weight
-    rows = min(ROWS, limit)
-    found = [_phases(policy, like(trees, t, n), run, chunk) for t, n, chunk in (
-        (TOKENS[0], 1, None), (TOKENS[1], 1, None), (TOKENS[1], rows, None), (TOKENS[1], rows, -(-rows // 2)),
-    )]  # fmt: skip
+    n = max(4, min(HEAD_ROWS, limit, max(FEWEST_HEAD_ROWS, HEAD_LOGITS // vocabulary)) // 4 * 4)
+    with _without_body(policy):
+        a, b = (_head(policy, trees, run, rows, None) for rows in (n, n // 2))
+        c, d, e = (_head(policy, trees, run, rows, chunk) for rows, chunk in ((n, n // 2), (n, n // 4), (n // 2, n // 4)))
     dice.back()
-    body, kept, head, left, start, layers, embedding = zip(*found)
-    own = [h - k for h, k in zip(head, kept)]  # of the head alone
-    row_bytes = (own[2] - own[1]) / max(1, rows - 1)
-    row_after = max(0.0, ((left[2] - kept[2]) - (left[1] - kept[1])) / max(1, rows - 1))
-    several = own[3] - (own[2] - row_bytes * (rows - -(-rows // 2)) + row_after * (rows // 2))
+    one, several = [], []
+    for i in range(2):  # forward, after
+        slope = (a[i] - b[i]) / (n - n // 2)
+        one.append(Head(a[i] - slope * n, 0.0, slope))
+        chunk, row = (c[i] - d[i]) / (n // 4), (d[i] - e[i]) / (n - n // 2)
+        several.append(Head(c[i] - chunk * (n // 2) - row * n, chunk, row))
     return Activations(
-        body=Line.through(TOKENS, body), kept=Line.through(TOKENS, kept), start=Line.through(TOKENS, start),
-        layers=Line.through(TOKENS, layers), embedding=Line.through(TOKENS, embedding),
-        head_fixed=own[1] - row_bytes, row_bytes=row_bytes, row_after=row_after, chunk_rows=limit, several_bytes=max(0.0, several),
+        body=Line.through(TOKENS, body), kept=Line.through(TOKENS, kept), layers=Line.through(TOKENS, layers),
+        embedding=Line.through(TOKENS, embedding), one=(one[0], one[1]), several=(several[0], several[1]), chunk_rows=limit,
     )  # fmt: skip
 
 
-def _phases(policy: Policy, micro: Micro, run: Run, chunk: int | None) -> tuple[int, ...]:
-    """Bytes: peak of the body, kept by it, peak of the head, kept after it, peaks of the backward (see `Activations`)."""
+def _head(policy: Policy, trees: Sequence[Tree], run: Run, rows: int, chunk: int | None) -> tuple[int, int]:
+    """Peaks of the head alone, forward and after, with `rows` labels: above the hidden rows it was given."""
+    _, kept, forward, after, _, _ = _phases(policy, like([_flat(trees)], rows + 1, rows), run, chunk)
+    return forward - kept, after - kept
+
+
+def _flat(trees: Sequence[Tree]) -> Tree:
+    """One row of more tokens than any head is measured with."""
+    ids = [t for tree in trees for segment in tree.tokens for t in segment]
+    ids = (ids * -(-2 * HEAD_ROWS // len(ids)))[: 2 * HEAD_ROWS]
+    return Tree.row(ids, [False] * len(ids))
+
+
+@contextmanager
+def _without_body(policy: Policy) -> Iterator[None]:
+    """Hidden rows from nowhere, which take a gradient as the body's would."""
+    width, dtype, device = policy.shape.hidden, policy.dtype, policy.device
+
+    def hidden(stream: Any, plan: Any = None) -> Tensor:
+        return (torch.randn(len(stream.tokens), width, device=device).to(dtype) * 0.1).requires_grad_()
+
+    policy.hidden = hidden
+    try:
+        yield
+    finally:
+        del policy.hidden
+
+
+def _phases(policy: Policy, micro: Micro, run: Run, chunk: int | None) -> tuple[int, int, int, int, int, int]:
+    """Bytes: peak of the body, kept by it, peaks of the head (forward, after), of the layers and of the embedding."""
     watch = Watch()
     seen: list[int] = []
     backward: dict[str, int] = {}
@@ -180,20 +234,19 @@ def _phases(policy: Policy, micro: Micro, run: Run, chunk: int | None) -> tuple[
 
     hook = policy.base.get_input_embeddings().register_forward_hook(lambda module, given, out: begins("layers", out))
     try:
-        with watch, _after(policy, "hidden", lambda out: (note(), begins("start", out))):
+        with watch, _after(policy, "hidden", lambda out: (note(), begins("head", out))):
             run(micro, lambda logprobs, _: -logprobs.mean(), chunk, note)
     finally:
         hook.remove()
-    body, kept, head, left = seen
+    body, kept, head, _ = seen
     last = watch.peak
-    start = backward.get("start", last)
-    return body, kept, head, left, start, backward.get("layers", last), last
+    return body, kept, head, backward.get("head", last), backward.get("layers", last), last
 
 
 @contextmanager
 def _after(policy: Policy, name: str, call: Callable[[Any], Any]) -> Iterator[None]:
     """Within it, `call(result)` is called whenever the policy's method `name` returns."""
-    method = getattr(policy, name)
+    own, method = policy.__dict__.get(name), getattr(policy, name)
 
     def then(*args: Any, **kwargs: Any) -> Any:
         out = method(*args, **kwargs)
@@ -204,7 +257,7 @@ def _after(policy: Policy, name: str, call: Callable[[Any], Any]) -> Iterator[No
     try:
         yield
     finally:
-        delattr(policy, name)
+        delattr(policy, name) if own is None else setattr(policy, name, own)
 
 
 def like(trees: Sequence[Tree], tokens: int, rows: int) -> Micro:

@@ -19,12 +19,11 @@ from burnish.forest.pack import Micro
 from burnish.forest.stream import Tree
 from burnish.models.policy import Policy
 from burnish.models.recompute import Checkpointing
-from burnish.train.activations import Activations, Run, measure
+from burnish.train.activations import FEWEST_HEAD_ROWS, Activations, Run, measure
 from burnish.train.optim import Optimiser
 
 MOST_TOKENS = 8192  # products are no faster beyond it
 FEW_TOKENS = 512  # and slower below it: then a third more work for the same tokens is the better bargain
-FEWEST_HEAD_ROWS = 64
 SHARE = 0.8  # of what is free: an allocator returns memory in other pieces than it was asked for, and others run here too
 
 
