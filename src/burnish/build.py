@@ -39,6 +39,7 @@ from burnish.models.adapters import merge
 from burnish.models.load import known, load_tokenizer
 from burnish.models.policy import Policy
 from burnish.train.loop import State
+from burnish.train.memory import Memory
 from burnish.train.method import Method
 
 PREVIEWED = 6
@@ -174,34 +175,34 @@ class Built:
             return merge(policy)
         return policy
 
-    def micro_tokens(self, policy: Policy, decisions: dict[str, Any]) -> int:
-        """Stream tokens of one forward, from the recipe or from the memory that is free; decided once, then replayed."""
-        wanted = self.stage.train.micro_tokens
-        name = f"micro_tokens.{self.stage.name}"
-        if wanted == "auto" and name not in decisions:
-            per_token = activation_bytes(policy)
-            free = free_memory()
-            value = max(512, min(8192, int(0.25 * free / per_token)))
-            why = f"a quarter of {free / 1e9:.1f} GB free at about {per_token / 1e3:.0f} kB of activations a token, within 512 to 8192"
-            decisions[name] = {"value": value, "why": why, "measured": {"free_bytes": free, "bytes_per_token": per_token}}
-        return decisions[name]["value"] if wanted == "auto" else int(wanted)
+    def memory(self, decisions: dict[str, Any], written: Callable[[], None] = lambda: None) -> Memory:
+        """How large a micro-batch may be: decided at the first step and kept in `decisions`, or replayed from them."""
+        train, name = self.stage.train, f"memory.{self.stage.name}"
 
-    def validate(self, policy: Policy, micro_tokens: int, state: State) -> Mapping[str, Any]:
+        def record(decision: Mapping[str, Any]) -> None:
+            decisions[name] = dict(decision)
+            written()
+
+        limit = None if train.memory_bytes is None else int(train.memory_bytes)
+        memory = Memory(train.micro_tokens, train.checkpointing, limit, self.summary["longest"], record)
+        return memory.replay(decisions[name]) if name in decisions else memory
+
+    def validate(self, policy: Policy, memory: Memory, state: State) -> Mapping[str, Any]:
         """The held-out loss, for the loop."""
-        found, flops = self.method.held_out(policy, micro_tokens)
+        found, flops = self.method.held_out(policy, memory.plan(state.step).micro_tokens)
         labels = sum(n for _, n in found)
         state.ledger.count("validation", label_tokens=labels, stream_tokens=sum(len(r.ids) for r in self.method.validation), executed_flops=flops)
         return {"loss": sum(v for v, _ in found) / labels, "label_tokens": labels}
 
-    def header(self, policy: Policy, micro_tokens: int) -> str:
+    def header(self, policy: Policy) -> str:
         """What will happen, in one paragraph."""
         data, train, shape = self.summary, self.stage.train, policy.shape
         trained = sum(p.numel() for p in policy.trainable().values())
         dropped = sum(data["dropped"].values())
         return (
             f"{self.stage.name}: {self.stage.method.name} on {data['rows']} rows ({data['label_tokens']} labels in {data['tokens']} tokens"
-            f"{f', {dropped} rows dropped' if dropped else ''}), {self.method.total_steps} steps of {train.batch_rows} rows, "
-            f"at most {micro_tokens} tokens a forward; trains {trained:,} of {shape.parameters + shape.adapter_parameters:,} parameters"
+            f"{f', {dropped} rows dropped' if dropped else ''}), {self.method.total_steps} steps of {train.batch_rows} rows; "
+            f"trains {trained:,} of {shape.parameters + shape.adapter_parameters:,} parameters"
         )
 
     def facts(self, state: State) -> dict[str, str]:
@@ -396,28 +397,6 @@ def remote_engine(
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------------
-
-
-def activation_bytes(policy: Policy) -> int:
-    """About what one stream token keeps alive until the backward: per layer ~16 hidden and 4 intermediate vectors."""
-    shape = policy.shape
-    intermediate = int(getattr(policy.config, "intermediate_size", None) or 4 * shape.hidden)
-    width = 4 if policy.dtype != torch.bfloat16 else 3  # bf16 bodies keep fp32 norms
-    return shape.layers * (16 * shape.hidden + 4 * intermediate) * width
-
-
-def free_memory() -> int:
-    """Bytes that can be allocated without swapping."""
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free_ram()
-
-
-def free_ram() -> int:
-    """Bytes of main memory that can be allocated without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def gflops(dtype: torch.dtype, size: int = 1536, seconds: float = 0.4) -> float:

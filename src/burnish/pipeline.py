@@ -231,15 +231,14 @@ class _Work:
             about["status"] = "running"
             write_json(folder.stage, about)
             policy = built.adapt(policy)
-            micro_tokens = built.micro_tokens(policy, self.decisions)
-            self._decide()
-            self.progress.say(built.header(policy, micro_tokens))
+            memory = built.memory(self.decisions, self._decide)
+            self.progress.say(built.header(policy))
             self.progress.begin(stage.name, built.method.total_steps)
             try:
                 state = fit(
                     policy, built.method, stage.train, folder,
-                    schedule=built.schedule, micro_tokens=micro_tokens, stop=self.stop, resume=True,
-                    evaluate=partial(built.validate, policy, micro_tokens) if built.validation is not None else None,
+                    schedule=built.schedule, memory=memory, stop=self.stop, resume=True,
+                    evaluate=partial(built.validate, policy, memory) if built.validation is not None else None,
                     guards=[partial(self._over_budget, built)], on_step=self.progress.step, say=self.progress.say,
                 )  # fmt: skip
             except Interrupted:

@@ -23,6 +23,7 @@ from burnish.methods.supervised import Supervised
 from burnish.models.policy import Policy
 from burnish.train import checkpoint
 from burnish.train.loop import State, fit
+from burnish.train.memory import Memory
 from burnish.train.schedules import linear
 from tests.forest.tiny import tiny
 
@@ -52,7 +53,7 @@ def policy(dtype: torch.dtype = torch.float32) -> Policy:
 
 def train(folder: Path, steps: int, *, on: Policy | None = None, settings: Any = SETTINGS, **more: Any) -> tuple[Policy, State]:
     trained = on or policy()
-    options: dict[str, Any] = {"schedule": linear, "micro_tokens": 1000, "stop": Stop()} | more
+    options: dict[str, Any] = {"schedule": linear, "memory": Memory.fixed(1000), "stop": Stop()} | more
     state = fit(trained, method(steps), settings, StageFolder(folder).make(), **options)
     return trained, state
 
@@ -83,7 +84,7 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path: Path, dt
 
 def test_training_learns_and_micro_batches_cannot_change_it(tmp_path: Path) -> None:
     a, _ = train(tmp_path / "00-a", 12)
-    b, _ = train(tmp_path / "00-b", 12, micro_tokens=20)
+    b, _ = train(tmp_path / "00-b", 12, memory=Memory.fixed(20))
     losses = [r["loss"] for r in read_jsonl(tmp_path / "00-a/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
     for x, y in zip(weights(a).values(), weights(b).values()):

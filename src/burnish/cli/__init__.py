@@ -31,6 +31,7 @@ VERBS = {  # verb -> module with a function of the same name (- is _); in the or
     "show": "burnish.cli.show",
     "cp": "burnish.cli.cp",
     "check": "burnish.cli.check",
+    "estimate": "burnish.cli.estimate",
     "coverage": "burnish.cli.coverage",
     "reward-test": "burnish.cli.reward_test",
     "doctor": "burnish.cli.doctor",

@@ -247,9 +247,9 @@ def _bundled() -> Iterator[Check]:
 
 
 def _memory() -> Iterator[Check]:
-    from burnish.build import free_ram
+    from burnish.core.machine import free_host_bytes
 
-    free, total = free_ram(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, total = free_host_bytes(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     enough = free >= LITTLE_BYTES
     remedy = None if enough else "close something, or use a small model and few micro_tokens"
     yield Check("memory", "ok" if enough else "note", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free", remedy)

@@ -98,6 +98,15 @@ class Train(Section):
     micro_tokens: Positive | Literal["auto"] = Field(
         default="auto", description="tokens per forward pass, 1 or more, or auto", examples=["auto"]
     )
+    checkpointing: Literal["auto", "off", "layers"] = Field(
+        default="auto", description="auto, off or layers: what the backward computes again", examples=["auto"]
+    )
+    memory_bytes: float | None = Field(
+        default=None,
+        gt=0,
+        description="the most memory the process may hold in a step, in bytes, or null for what is free",
+        examples=["4e9"],
+    )
     max_tokens: int | None = Field(
         default=None,
         ge=2,
@@ -282,6 +291,8 @@ ELSEWHERE = {  # what other trainers call our keys
     "batch_size": "batch_rows",
     "per_device_train_batch_size": "batch_rows",
     "gradient_accumulation_steps": "micro_tokens",
+    "gradient_checkpointing": "checkpointing",
+    "activation_checkpointing": "checkpointing",
     "lr_scheduler_type": "schedule",
     "max_grad_norm": "clip_norm",
     "max_length": "max_tokens",

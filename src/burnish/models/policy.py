@@ -7,6 +7,7 @@ model that is given a plan (forest attention); the head never makes logits beyon
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from burnish.forest.attention import NAME, Forest, register
 from burnish.forest.pack import Micro
 from burnish.forest.padded import padded_hidden, padded_positions
 from burnish.forest.probe import why_not
-from burnish.forest.stream import Stream
+from burnish.forest.stream import Stream, Tree
 from burnish.maths.head import (
     LogitMap,
     Objective,
@@ -29,6 +30,7 @@ from burnish.maths.head import (
     head_loss,
     recomputed_rows,
 )
+from burnish.models.recompute import Checkpointing, layers_of, recomputed, recomputed_parameters
 from burnish.models.shape import shape_of
 
 
@@ -53,6 +55,8 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.source = source
         self.version = 0
+        self.checkpointing: Checkpointing = "off"
+        self._recomputed: int | None = None
         self.decisions: dict[str, dict[str, Any]] = {}
         # parameter -> fp32 buffer that sums its gradient, while one process's optimiser holds them (train/optim.py)
         self.sinks: dict[nn.Parameter, Tensor] = {}
@@ -120,16 +124,32 @@ class Policy(nn.Module):
         return self
 
     def hidden(self, stream: Stream, plan: Any = None) -> Tensor:
-        """[T, H] for a packed stream."""
-        if self.why_not_shared is not None:
-            return padded_hidden(self.body, stream)
-        out = self.body(
-            input_ids=stream.tokens[None].to(self.device),
-            position_ids=stream.layout.position[None].to(self.device),
-            plan=plan if plan is not None else Forest(stream.layout),
-            use_cache=False,
-        )
+        """[T, H] for a packed stream. Layers are run again in the backward where `checkpointing` says so."""
+        if self.checkpointing == "off" or not torch.is_grad_enabled():
+            run = nullcontext()
+        else:
+            run = recomputed(layers_of(self.body), keeps_rng=self.training and self.adapted)
+        with run:
+            if self.why_not_shared is not None:
+                return padded_hidden(self.body, stream)
+            out = self.body(
+                input_ids=stream.tokens[None].to(self.device),
+                position_ids=stream.layout.position[None].to(self.device),
+                plan=plan if plan is not None else Forest(stream.layout),
+                use_cache=False,
+            )
         return out.last_hidden_state[0]
+
+    def checkpoint(self, what: Checkpointing) -> None:
+        """What the backward runs again. Raises MachineError where this model's layers do not engage."""
+        if what == "layers" and self._recomputed is None:
+            mode, self.checkpointing = self.training, "off"
+            self.train(False)  # no adapter's dropout: the dice stay as they are
+            token = Stream.of([Tree.row([1], [False])])
+            trained = list(self.trainable().values())
+            self._recomputed = recomputed_parameters(lambda: self.hidden(token), layers_of(self.body), trained)
+            self.train(mode)
+        self.checkpointing = what
 
     def forward(self, micro: Micro, objective: Objective, *, couple: Tensor | None = None, rows: int | None = None) -> Output:
         """One micro-batch: body, head and the objective's gradient on the loss rows. `couple` [M]: ids never split by a chunk."""
@@ -145,20 +165,22 @@ class Policy(nn.Module):
         )  # fmt: skip
         tokens, head_rows = len(micro.stream.tokens), len(view.label)
         grads, head_trained = loss.requires_grad, weight.requires_grad
+        again = (self._recomputed or 0) if self.checkpointing != "off" else 0
         twice = recomputed_rows(head_rows, weight, index=view.index, couple=couple, rows=rows) if couple is not None else 0
 
         def executed_flops(backward: bool) -> int:
             shape = self.shape
             per_token = 2 * shape.body_parameters + 2 * shape.adapter_parameters
             if backward:
-                per_token += (2 if shape.trained == "adapter" else 4) * shape.body_parameters + 4 * shape.adapter_parameters
+                per_token += (2 if shape.trained == "adapter" else 4) * shape.body_parameters + 4 * shape.adapter_parameters + 2 * again
             if self.why_not_shared is None:
                 body_tokens, attention = tokens, plan.flops + (plan.flops_backward if backward else 0)
             else:  # padded rows: every position, and a full square of keys in each layer
                 body_tokens = padded_positions(micro.stream.layout)
                 longest = max(f + n for f, n in zip(micro.stream.layout.first_position, micro.stream.layout.length))
                 pair = 2 * shape.query_heads * (shape.key_width + shape.value_width) * shape.layers
-                attention = (3 if backward else 1) * pair * body_tokens * longest
+                passes = (4 if again else 3) if backward else 1
+                attention = passes * pair * body_tokens * longest
             # the head forms its gradient in the forward, so it is spent whether or not a backward follows
             head = head_flops(
                 head_rows, shape.vocabulary, shape.hidden, weight_trained=head_trained, backward=grads, recomputed=twice

@@ -7,23 +7,27 @@ errors or counted skips, never silent successes.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from burnish.core.errors import CompleteError, ConfigError, DivergedError
 from burnish.core.ledger import Ledger, train_flops
+from burnish.core.machine import peak_resident_bytes as rss_bytes
 from burnish.core.metrics import emit
 from burnish.core.records import ModelShape
 from burnish.core.runs import StageFolder, append_json, cut, write_json
 from burnish.core.stop import Stop
-from burnish.models.policy import Policy
+from burnish.forest.pack import Micro
+from burnish.maths.head import Objective
+from burnish.models.policy import Output, Policy
 from burnish.train import checkpoint
+from burnish.train.activations import Dice
+from burnish.train.memory import Memory, Plan, out_of_memory
 from burnish.train.method import Method, Work
 from burnish.train.optim import Optimiser
 
@@ -73,12 +77,6 @@ Guard = Callable[[State, Mapping[str, Any]], str | None]
 """(state, the step's metrics) -> a reason to stop, or None."""
 
 
-def rss_bytes() -> int:
-    """Peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def fit(
     policy: Policy,
     method: Method,
@@ -86,7 +84,7 @@ def fit(
     folder: StageFolder,
     *,
     schedule: Callable[[int, int], float],
-    micro_tokens: int,
+    memory: Memory,
     stop: Stop,
     resume: bool = False,
     evaluate: Callable[[State], Mapping[str, Any] | None] | None = None,
@@ -96,9 +94,10 @@ def fit(
 ) -> State:
     """Train `policy` in place to `method.total_steps` and return the final state.
 
-    schedule(step, total) multiplies the learning rate; micro_tokens bounds a micro-batch's stream (it cannot change the
-    result beyond rounding: weights are fixed before the split). Raises ConfigError (no step to do), DataError (a batch
-    without labels), DivergedError (too many non-finite steps in a row), Interrupted (a signal; everything is saved).
+    schedule(step, total) multiplies the learning rate; memory bounds a micro-batch (it cannot change the result beyond
+    rounding: weights are fixed before the split). Raises ConfigError (no step to do), DataError (a batch without
+    labels), DivergedError (too many non-finite steps in a row), MachineError (one row alone does not fit into memory),
+    Interrupted (a signal; everything is saved).
     """
     if method.total_steps < 1:
         raise ConfigError("the stage has no step to do", where="train.steps", remedy="set train.steps or train.epochs above zero")
@@ -140,7 +139,7 @@ def fit(
     try:
         for work in method.batches(state.step):
             begin = time.perf_counter()
-            row = one_step(policy, method, optimiser, settings, schedule, micro_tokens, state, work, shape)
+            row = one_step(policy, method, optimiser, settings, schedule, memory, state, work, shape, say)
             append_json(folder.metrics, row)
             took = time.perf_counter() - begin
             state.ledger.measure("train", took)
@@ -175,33 +174,43 @@ def fit(
 
 def one_step(
     policy: Policy, method: Method, optimiser: Optimiser, settings: Settings, schedule: Callable[[int, int], float],
-    micro_tokens: int, state: State, work: Work, shape: ModelShape,
+    memory: Memory, state: State, work: Work, shape: ModelShape, say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One optimiser step (or one counted skip); returns the metrics row."""
+    """One optimiser step (or one counted skip); returns the metrics row.
+
+    Where memory runs out the same batch begins again with smaller micro-batches: its weights were fixed before the
+    split, gradients are cleared and the dice put back, so that the step is the one it would have been.
+    """
     method.prepare(policy, work)
     policy.train()
-    optimiser.zero()
-    loss, labels, tokens, useful, executed = 0.0, 0, 0, 0, 0
-    for micro in work.batch.split(micro_tokens):
-        objective, couple = method.objective(work, micro)
-        out = policy(micro, objective, couple=couple)
-        value = float(out.loss.detach())
-        loss += value
-        if not math.isfinite(value):
+    if not memory.plans:
+        memory.decide(policy, optimiser, work.batch.trees, partial(_trial, policy))
+        say(str(memory.plan(1)))
+    dice = Dice(policy.device)
+    while True:
+        plan = memory.follow(state.step + 1, policy)
+        optimiser.zero()
+        try:
+            loss, labels, tokens, useful, executed = gradients(policy, method, plan, work, shape)
             break
-        out.loss.backward()
-        layout = micro.stream.layout
-        labels += len(micro.view.index)
-        tokens += len(micro.stream.tokens)
-        executed += out.executed_flops(True)
-        useful += train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
-        del out
+        except _TooLarge as failed:
+            # outside its handler nothing refers to the failed forward any more, and its tensors are free
+            micro, error = failed.micro, failed.error
+        smaller = memory.shrink(state.step + 1, micro, policy, optimiser, error)
+        say(f"out of memory in step {state.step + 1} ({plan}): the same batch again, {smaller}")
+        del micro, error
+        dice.back()
     norm = optimiser.gradient_norm() if math.isfinite(loss) else torch.tensor(math.nan)
     rate = settings.learning_rate * schedule(state.step, method.total_steps)
     finite = math.isfinite(loss) and bool(torch.isfinite(norm))
     state.step += 1
     if finite:
-        optimiser.step(rate, norm)
+        try:
+            optimiser.step(rate, norm)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise memory.failure(policy, optimiser, "the first update has no room for the optimiser's moments") from error
         state.skipped_in_a_row = 0
     else:
         state.skipped_steps += 1
@@ -220,3 +229,52 @@ def one_step(
         lr=rate, label_tokens=labels, stream_tokens=tokens, rows=work.rows, epoch=round(work.epoch, 6),
         skipped_steps=state.skipped_steps,
     )  # fmt: skip
+
+
+class _TooLarge(Exception):
+    """A micro-batch that memory did not hold. `error` without its traceback, which would keep the tensors alive."""
+
+    def __init__(self, micro: Micro, error: BaseException) -> None:
+        self.micro, self.error = micro, error.with_traceback(None)
+        super().__init__(str(error))
+
+
+def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: ModelShape) -> tuple[float, int, int, int, int]:
+    """Forward and backward of a whole batch: (loss, labels, tokens, useful FLOPs, executed FLOPs). Ends where a loss is not finite."""
+    loss, labels, tokens, useful, executed = 0.0, 0, 0, 0, 0
+    for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
+        objective, couple = method.objective(work, micro)
+        try:
+            out, value = forward_backward(policy, micro, objective, couple)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise _TooLarge(micro, error) from None
+        loss += value
+        if not math.isfinite(value):
+            break
+        layout = micro.stream.layout
+        labels += len(micro.view.index)
+        tokens += len(micro.stream.tokens)
+        executed += out.executed_flops(True)
+        useful += train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
+        del out
+    return loss, labels, tokens, useful, executed
+
+
+def forward_backward(
+    policy: Policy, micro: Micro, objective: Objective, couple: torch.Tensor | None = None, *,
+    rows: int | None = None, between: Callable[[], None] | None = None,
+) -> tuple[Output, float]:  # fmt: skip
+    """One micro-batch and its loss: its gradient is added to what is there; a loss that is not finite has none."""
+    out = policy(micro, objective, couple=couple, rows=rows)
+    if between is not None:
+        between()
+    value = float(out.loss.detach())
+    if math.isfinite(value):
+        out.loss.backward()
+    return out, value
+
+
+def _trial(policy: Policy, micro: Micro, objective: Objective, rows: int | None, between: Callable[[], None]) -> None:
+    forward_backward(policy, micro, objective, rows=rows, between=between)
