@@ -75,22 +75,24 @@ def _pair() -> Tree:
 
 @pytest.mark.parametrize("name", PADDED)
 def test_a_gradient_step_on_padded_rows_is_the_models_own(name: str) -> None:
-    plain, trees = tiny(name), [_pair(), Tree.row((6, 6, 50, 12, 44), (False, False, True, True, True))]
+    # float64: the scan of a state-space model differs from itself by 2e-4 in float32
+    plain = tiny(name, dtype=torch.float64)
+    trees = [_pair(), Tree.row((6, 6, 50, 12, 44), (False, False, True, True, True))]
     ours = Policy(copy.deepcopy(plain), Letters())
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for tree in trees:  # every sequence alone through the model's own logits
         for unit in tree.units:
             path = tree.tokens[0] + (tree.tokens[unit.leaf] if unit.leaf else ())
-            logits = plain(torch.tensor([path]), use_cache=False).logits[0].float().log_softmax(-1)
+            logits = plain(torch.tensor([path]), use_cache=False).logits[0].log_softmax(-1)
             labels = torch.tensor(unit.labels)
             total = total - logits[labels - 1, torch.tensor(path)[labels]].sum()
     (total / 13).backward()
     whole = Batch(trees)
     assert whole.entries == 13
     (micro,) = whole.split(1000)
-    out = ours(micro, weighted_nll(torch.full((13,), 1 / 13)))
+    out = ours(micro, weighted_nll(torch.full((13,), 1 / 13, dtype=torch.float64)))
     out.loss.backward()
-    torch.testing.assert_close(out.loss.detach(), total.detach() / 13, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.loss.detach(), total.detach() / 13, rtol=1e-6, atol=1e-7, check_dtype=False)
     want = dict(plain.named_parameters())
     learned = 0
     for n, p in ours.model.named_parameters():
@@ -99,7 +101,7 @@ def test_a_gradient_step_on_padded_rows_is_the_models_own(name: str) -> None:
             assert p.grad is None or not p.grad.any(), n
             continue
         assert p.grad is not None, n
-        assert float((p.grad - theirs).norm()) <= 1e-4 * float(theirs.norm()) + 1e-6, n
+        assert float((p.grad - theirs).norm()) <= 1e-5 * float(theirs.norm()) + 1e-9, n
         learned += bool(theirs.any())
     assert learned > 8
     for model in (plain, ours.model):
@@ -107,4 +109,4 @@ def test_a_gradient_step_on_padded_rows_is_the_models_own(name: str) -> None:
     ids = torch.tensor([trees[1].tokens[0]])
     with torch.no_grad():
         step = [body_of(m)(input_ids=ids, use_cache=False).last_hidden_state for m in (plain, ours.model)]
-    torch.testing.assert_close(*step, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*step, rtol=1e-4, atol=1e-5)
