@@ -182,11 +182,14 @@ def one_step(
     policy.train()
     optimiser.zero()
     loss, labels, tokens, useful, executed = 0.0, 0, 0, 0, 0
+    router: dict[str, float] = {}
     for micro in work.batch.split(micro_tokens):
         objective, couple = method.objective(work, micro)
         out = policy(micro, objective, couple=couple)
         value = float(out.loss.detach())
         loss += value
+        if out.router_loss is not None:
+            router["router_loss"] = router.get("router_loss", 0.0) + float(out.router_loss)
         if not math.isfinite(value):
             break
         out.loss.backward()
@@ -218,5 +221,5 @@ def one_step(
     return emit(
         step=state.step, kind="train", loss=loss if math.isfinite(loss) else None, grad_norm=float(norm) if finite else None,
         lr=rate, label_tokens=labels, stream_tokens=tokens, rows=work.rows, epoch=round(work.epoch, 6),
-        skipped_steps=state.skipped_steps,
+        skipped_steps=state.skipped_steps, **{n: x if math.isfinite(x) else None for n, x in router.items()},
     )  # fmt: skip
