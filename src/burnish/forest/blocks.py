@@ -27,8 +27,13 @@ from torch import Tensor
 # Below this many keys the stock half-precision backward is slower than converting its inputs to float32 (4x at 40 keys,
 # 1x near 300, Zen 5), and gradients that were accumulated in float32 are better ones.
 _UPCAST_KEYS = 300
-# Scores the three-product path forms at once, over all heads.
-_SCORES = 1 << 24
+# From this many keys times their width the half-precision products are the faster backward (1.1 to 1.9x; below 128 wide
+# only without a causal mask). Sapphire Rapids, benchmarks/ours/forest_blocks.py.
+_HALF_KEYS_TIMES_WIDTH = 10240
+# Scores the three-product path forms at once: 2 MB stay in cache between the elementwise passes.
+_SCORES = 1 << 19
+# Rows of a causal block formed at once: fewer hide more of the square, more make better products.
+_CAUSAL_ROWS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +85,7 @@ def merge(out: Tensor, lse: Tensor, o: Tensor, l: Tensor) -> tuple[Tensor, Tenso
     total = torch.logaddexp(lse, l)
     # a row that no block has reached yet stays out = 0, lse = -inf instead of turning into exp(-inf - -inf)
     finite = total.clamp_min(torch.finfo(total.dtype).min)
-    out.mul_((lse - finite).exp_()[..., None]).addcmul_(o.to(out.dtype), (l - finite).exp_()[..., None])
+    out.lerp_(o.to(out.dtype), (l - finite).exp_()[..., None])  # the two weights add up to one
     return out, lse.copy_(total)
 
 
@@ -94,18 +99,19 @@ class Kernel:
 
     forward(q, k, v, mask, scale, softcap) -> out, lse
     backward(dout, q, k, v, out, lse, mask, scale, softcap) -> dq, dk, dv        out and lse of the whole row
-    causal_pairs(rows, heads) -> (query, key) pairs launched
+    causal_pairs(rows, heads) -> (query, key) pairs launched by a forward, and by a backward too unless that says other
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Mask, float, float | None], tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     causal_pairs: Callable[[int, int], int]
+    causal_pairs_backward: Callable[[int, int], int] | None = None
 
 
 def kernel_for(q: Tensor, v: Tensor, softcap: float | None) -> Kernel:
     """The stock kernel where it can: on a CPU, without softcap, with one width for keys and values."""
     if softcap is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and _stock_works(q.dtype):
-        return _STOCK
+        return _half_kernel(q.shape[-1]) if q.dtype == torch.bfloat16 and _half_products_are_fast() else _STOCK
     return _PRODUCTS
 
 
@@ -135,26 +141,52 @@ def _stock_backward(
     return kernel(dout, q, k, v, out, lse, 0.0, mask == "causal", attn_mask=bias, scale=scale)
 
 
-def _row_chunks(rows: int, keys: int, heads: int, causal: bool) -> Iterator[tuple[int, int, int]]:
-    """(first row, end row, end key) of each piece of a block that is formed at once on the three-product path."""
-    step = max(64, _SCORES // (keys * heads))
-    if causal:
-        step = min(step, 256)
-    for a in range(0, rows, step):
-        b = min(a + step, rows)
-        yield a, b, b if causal else keys
+def _pieces(units: int, rows: int, keys: int, groups: int, causal: bool) -> Iterator[tuple[slice, int, int, int]]:
+    """(units, first row, end row, end key) of what is formed at once on the three-product path.
+
+    As much as stays in cache between the elementwise passes: several short blocks, or some rows of a long one.
+    """
+    step = min(rows, _CAUSAL_ROWS if causal else max(64, _SCORES // (keys * groups)))
+    at_once = max(1, _SCORES // (step * keys * groups))
+    for u in range(0, units, at_once):
+        for a in range(0, rows, step):
+            b = min(a + step, rows)
+            yield slice(u, min(u + at_once, units)), a, b, b if causal else keys
+
+
+def _packed(x: Tensor, kv: int) -> Tensor:
+    """[B,H,m,D] -> [B Hk, m G, D]: the query heads of one key-value head are more rows against one copy of its keys.
+
+    A view where tokens are stored one after the other and there is one key-value head, else a copy.
+    """
+    return x.unflatten(1, (kv, -1)).transpose(2, 3).reshape(x.shape[0] * kv, -1, x.shape[-1])
+
+
+def _unpacked(like: Tensor, kv: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An empty [B,H,m,width] stored token by token, and its view [B, Hk, m, G, width] to be filled."""
+    batch, heads, rows = like.shape[:3]
+    made = torch.empty(batch, rows, kv, heads // kv, width, dtype=dtype, device=like.device)
+    return made.flatten(2, 3).transpose(1, 2), made.transpose(1, 2)
+
+
+def _fill(into: Tensor, units: slice, rows: slice, x: Tensor) -> None:
+    """x [units, rows G, D] into its place in [B, Hk, m, G, D]."""
+    batch, kv, _, groups, _ = into.shape
+    x = x.unflatten(1, (-1, groups))
+    if len(x) == batch * kv:
+        into[:, :, rows].copy_(x.unflatten(0, (batch, kv)))
+    elif batch == 1:
+        into[0, units, rows].copy_(x)
+    else:
+        for i, u in enumerate(range(units.start, units.stop)):
+            into[u // kv, u % kv, rows].copy_(x[i])
 
 
 def _scores(
-    q: Tensor, k: Tensor, mask: Mask, rows: slice, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, mask: Mask, units: slice, rows: slice, kv: int, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores of one piece, wide [B,Hk,G,m,n], -inf where hidden, and the softcap's slope.
-
-    The query heads of one key-value head are more rows against one copy of its keys, which are never expanded.
-    """
-    groups = q.shape[1] // k.shape[1]
-    packed = q.unflatten(1, (-1, groups)).flatten(2, 3)
-    s = (packed @ k.transpose(-1, -2)).unflatten(2, (groups, -1)).to(wide_dtype(q.dtype)) * scale
+    """Wide q [u, r G, D], k [u, n, D] -> scores [u, r, G, n], -inf where hidden, and the softcap's slope."""
+    s = (q @ k.mT).unflatten(1, (rows.stop - rows.start, -1)).mul_(scale)
     slope = None
     if softcap is not None:
         t = torch.tanh(s / softcap)
@@ -163,26 +195,34 @@ def _scores(
         return s, slope
     if isinstance(mask, str):
         at = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-        return s.masked_fill_(torch.arange(k.shape[2], device=q.device) > at, -torch.inf), slope
+        return s.masked_fill_((torch.arange(k.shape[1], device=q.device) > at)[:, None], -torch.inf), slope
     seen = mask.seen if isinstance(mask, Band) else mask
     if seen.shape[-2] > 1:
         seen = seen[..., rows, :]
-    return s.masked_fill_(~(seen if seen.dim() == 2 else seen[:, :, None]), -torch.inf), slope
+    if seen.dim() == 4:
+        seen = seen[:, 0] if seen.shape[0] == 1 else seen[torch.arange(units.start, units.stop) // kv, 0]
+    return s.masked_fill_(~seen[..., None, :], -torch.inf), slope
 
 
 def _product_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
-    for a, b, end in _row_chunks(q.shape[2], k.shape[2], q.shape[0] * q.shape[1], mask == "causal"):
-        s, _ = _scores(q[:, :, a:b], k[:, :, :end], mask, slice(a, b), scale, softcap)
-        lse = s.logsumexp(-1)
-        p = (s - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp_()
-        out = p.to(v.dtype).flatten(2, 3) @ v[:, :, :end]
-        outs.append(out.unflatten(2, (p.shape[2], -1)).flatten(1, 2))
-        lses.append(lse.flatten(1, 2))
-    return torch.cat(outs, 2).to(lses[0].dtype), torch.cat(lses, 2)
+    wide, kv, groups = wide_dtype(q.dtype), k.shape[1], q.shape[1] // k.shape[1]
+    smallest = torch.finfo(wide).min
+    qs, ks, vs = _packed(q, kv), k.flatten(0, 1), v.flatten(0, 1)
+    kw = ks.to(wide)
+    out, out_units = _unpacked(q, kv, v.shape[-1], v.dtype)
+    lse, lse_units = _unpacked(q, kv, 1, wide)
+    for u, a, b, end in _pieces(len(qs), q.shape[2], k.shape[2], groups, mask == "causal"):
+        s, _ = _scores(qs[u, a * groups : b * groups].to(wide), kw[u, :end], mask, u, slice(a, b), kv, scale, softcap)
+        s = s.flatten(1, 2)
+        top = s.amax(-1, keepdim=True).clamp_min_(smallest)
+        p = s.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True)
+        _fill(lse_units, u, slice(a, b), total.log().add_(top))
+        p.mul_(total.clamp_min_(torch.finfo(wide).tiny).reciprocal_())
+        _fill(out_units, u, slice(a, b), p.to(v.dtype) @ vs[u, :end])
+    return out, lse[..., 0]
 
 
 def _product_backward(
@@ -196,26 +236,82 @@ def _product_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, groups = lse.dtype, q.shape[1] // k.shape[1]
-    dqs: list[Tensor] = []
-    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-
-    def packed(x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, groups)).flatten(2, 3)
-
-    for a, b, end in _row_chunks(q.shape[2], k.shape[2], q.shape[0] * q.shape[1], mask == "causal"):
-        qx, ox, gx = q[:, :, a:b], out[:, :, a:b], dout[:, :, a:b]
-        s, slope = _scores(qx, k[:, :, :end], mask, slice(a, b), scale, softcap)
-        p = (s - lse[:, :, a:b].unflatten(1, (-1, groups))[..., None]).exp_().flatten(2, 3)
-        delta = packed((gx.to(wide) * ox.to(wide)).sum(-1, keepdim=True))
-        ds = (packed(gx) @ v[:, :, :end].transpose(-1, -2)).to(wide).sub_(delta).mul_(p).mul_(scale)
+    wide, kv, groups = lse.dtype, k.shape[1], q.shape[1] // k.shape[1]
+    qs, gs, ks, vs = _packed(q, kv), _packed(dout, kv), k.flatten(0, 1), v.flatten(0, 1)
+    ls = _packed(lse[..., None], kv).unflatten(1, (-1, groups))
+    deltas = _packed((dout.to(wide) * out.to(wide)).sum(-1, keepdim=True), kv)
+    kw = ks.to(wide)
+    dq, dq_units = _unpacked(q, kv, q.shape[-1], q.dtype)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (ks, vs))
+    for u, a, b, end in _pieces(len(qs), q.shape[2], k.shape[2], groups, mask == "causal"):
+        part = slice(a * groups, b * groups)
+        qx, gx = qs[u, part], gs[u, part]
+        s, slope = _scores(qx.to(wide), kw[u, :end], mask, u, slice(a, b), kv, scale, softcap)
+        p = s.sub_(ls[u, a:b]).exp_().flatten(1, 2)
+        ds = (gx @ vs[u, :end].mT).to(wide).sub_(deltas[u, part]).mul_(p).mul_(scale)
         if slope is not None:
-            ds = ds * slope.flatten(2, 3)
+            ds = ds * slope.flatten(1, 2)
         ds, p = ds.to(q.dtype), p.to(dout.dtype)
-        dqs.append((ds @ k[:, :, :end]).unflatten(2, (groups, -1)).flatten(1, 2))
-        dk[:, :, :end] += ds.transpose(-1, -2) @ packed(qx)
-        dv[:, :, :end] += p.transpose(-1, -2) @ packed(gx)
-    return torch.cat(dqs, 2), dk, dv
+        _fill(dq_units, u, slice(a, b), ds @ ks[u, :end])
+        dk[u, :end] += _sum_over_rows(ds, qx)
+        dv[u, :end] += _sum_over_rows(p, gx)
+    return dq, dk.view(k.shape), dv.view(v.shape)
+
+
+def _shifted(x: Tensor, shift: Tensor, kv: int) -> Tensor:
+    """Half-precision x [B,H,m,D] and wide shift [B,H,m] -> [B Hk, m G, D + 2]: minus the shift as two more columns."""
+    batch, heads, rows, width = x.shape
+    made = x.new_empty(batch, kv, rows, heads // kv, width + 2)
+    made[..., :width] = x.unflatten(1, (kv, -1)).transpose(2, 3)
+    minus = shift.unflatten(1, (kv, -1)).transpose(2, 3).neg()
+    made[..., width] = minus
+    made[..., width + 1] = minus - made[..., width]
+    return made.view(batch * kv, -1, width + 2)
+
+
+def _sum_over_rows(p: Tensor, x: Tensor) -> Tensor:
+    """[u, r, n] and [u, r, D] -> [u, n, D]. One alone goes as a matrix: as a batch it is 2 to 5 times slower."""
+    return (p[0].mT @ x[0])[None] if len(p) == 1 else p.mT @ x
+
+
+def _half_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Five products in half precision, where the stock backward converts to float32 or is several times slower.
+
+    A product in half precision rounds its result. What is rounded here is already the difference that matters,
+
+        scale ([q, -lse / scale] [k, 1]^T) = log P,     [dout, -delta] [v, 1]^T = dP - delta
+
+    with the shifts as two columns (16 bits), summed in float32 inside the product: P is off by 2^-9 |log P| of itself,
+    largest where P = 1/e and then 7e-4, however large the scores are.
+    """
+    kv, groups, width = k.shape[1], q.shape[1] // k.shape[1], q.shape[-1]
+    qs, gs = _shifted(q, lse / scale, kv), _shifted(dout, (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1), kv)
+    one = k.new_ones(k.shape[0] * kv, k.shape[2], 2)
+    plain = k.flatten(0, 1)
+    ks, vs = torch.cat([plain, one], -1), torch.cat([v.flatten(0, 1), one], -1)
+    dq, dq_units = _unpacked(q, kv, width, q.dtype)
+    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (ks, vs))
+    for u, a, b, end in _pieces(len(qs), q.shape[2], k.shape[2], groups, mask == "causal"):
+        part = slice(a * groups, b * groups)
+        p = (qs[u, part] @ ks[u, :end].mT).mul_(scale).exp_()
+        if mask is not None:
+            at = torch.arange(a, b, device=q.device)[:, None]
+            p.unflatten(1, (-1, groups)).masked_fill_((torch.arange(end, device=q.device) > at)[:, None], 0)
+        ds = (gs[u, part] @ vs[u, :end].mT).mul_(p)
+        _fill(dq_units, u, slice(a, b), ds @ plain[u, :end])
+        dk[u, :end] += _sum_over_rows(ds, qs[u, part])
+        dv[u, :end] += _sum_over_rows(p, gs[u, part])
+    return dq.mul_(scale), dk[..., :-2].mul_(scale).unflatten(0, k.shape[:2]), dv[..., :-2].unflatten(0, k.shape[:2])
 
 
 @cache
@@ -241,9 +337,45 @@ def _stock_works(dtype: torch.dtype) -> bool:
     return True
 
 
+@cache
+def _half_products_are_fast() -> bool:
+    """Whether this processor multiplies bfloat16 itself; elsewhere it is emulated."""
+    known: dict[str, bool] = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+@cache
+def _half_kernel(width: int) -> Kernel:
+    """The stock forward, and the half-precision backward for blocks large enough that it is the faster one."""
+
+    def products(keys: int, causal: bool) -> bool:
+        return keys * width >= _HALF_KEYS_TIMES_WIDTH and (width >= 128 or not causal)
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Mask,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = _stock_backward
+        if not isinstance(mask, Band | Tensor) and products(k.shape[2], mask is not None):
+            chosen = _half_backward
+        return chosen(dout, q, k, v, out, lse, mask, scale, softcap)
+
+    def pairs(rows: int, heads: int) -> int:
+        return (_PRODUCTS if products(rows, True) else _STOCK).causal_pairs(rows, heads)
+
+    return Kernel(_stock_forward, backward, _STOCK.causal_pairs, pairs)
+
+
 _STOCK = Kernel(_stock_forward, _stock_backward, lambda rows, heads: rows * (rows + 1) // 2)
 _PRODUCTS = Kernel(
     _product_forward,
     _product_backward,
-    lambda rows, heads: sum((b - a) * end for a, b, end in _row_chunks(rows, rows, heads, True)),
+    lambda rows, heads: sum((b - a) * end for _, a, b, end in _pieces(1, rows, rows, 1, True)),
 )
