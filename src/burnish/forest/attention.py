@@ -124,7 +124,7 @@ class _Program:
         """(query, key) pairs of one head that a forward or a backward launches."""
         total = sum((r.stop - r.start) * (c.stop - c.start) for r, c in self.rectangles)
         for p in self.pieces:
-            own = causal_pairs(p.rows // p.segments, heads) if p.band is None else p.band.seen.numel()
+            own = causal_pairs(p.rows // p.segments, heads * p.segments) if p.band is None else p.band.seen.numel()
             total += p.segments * own
         return total
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,9 +28,9 @@ from torch import Tensor
 # Below this many keys the stock half-precision backward is slower than converting its inputs to float32 (4x at 40 keys,
 # 1x near 300, Zen 5), and gradients that were accumulated in float32 are better ones.
 _UPCAST_KEYS = 300
-# From this many keys times their width the half-precision products are the faster backward (1.1 to 1.9x; below 128 wide
-# only without a causal mask). Sapphire Rapids, benchmarks/ours/forest_blocks.py.
-_HALF_KEYS_TIMES_WIDTH = 10240
+# From this many keys, and this many multiplications of one product, the half-precision products are the faster backward
+# (1.1 to 1.9x; below 128 wide only without a causal mask; Sapphire Rapids).
+_HALF_KEYS, _HALF_WORK = 64, 12_000_000
 # Scores the three-product path forms at once: 2 MB stay in cache between the elementwise passes.
 _SCORES = 1 << 19
 # Rows of a causal block formed at once: fewer hide more of the square, more make better products.
@@ -99,7 +100,8 @@ class Kernel:
 
     forward(q, k, v, mask, scale, softcap) -> out, lse
     backward(dout, q, k, v, out, lse, mask, scale, softcap) -> dq, dk, dv        out and lse of the whole row
-    causal_pairs(rows, heads) -> (query, key) pairs launched by a forward, and by a backward too unless that says other
+    causal_pairs(rows, heads) -> (query, key) pairs of one head that a forward launches, heads counted over the batch;
+    a backward as many, unless causal_pairs_backward says other
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Mask, float, float | None], tuple[Tensor, Tensor]]
@@ -141,52 +143,71 @@ def _stock_backward(
     return kernel(dout, q, k, v, out, lse, 0.0, mask == "causal", attn_mask=bias, scale=scale)
 
 
-def _pieces(units: int, rows: int, keys: int, groups: int, causal: bool) -> Iterator[tuple[slice, int, int, int]]:
-    """(units, first row, end row, end key) of what is formed at once on the three-product path.
+@dataclass(frozen=True)
+class _Part:
+    """What is formed at once on the product paths: some problems, key-value heads and rows, against the first keys."""
 
-    As much as stays in cache between the elementwise passes: several short blocks, or some rows of a long one.
-    """
-    step = min(rows, _CAUSAL_ROWS if causal else max(64, _SCORES // (keys * groups)))
-    at_once = max(1, _SCORES // (step * keys * groups))
-    for u in range(0, units, at_once):
-        for a in range(0, rows, step):
-            b = min(a + step, rows)
-            yield slice(u, min(u + at_once, units)), a, b, b if causal else keys
+    batch: slice
+    heads: slice
+    rows: slice
+    keys: int
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The part of x [B,Hk,m,G,D] as [b, hk, r G, D]: query heads are more rows against one copy of their keys."""
+        return x[self.batch, self.heads, self.rows].flatten(2, 3)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """The part of x [B,Hk,n,D], a view."""
+        return x[self.batch, self.heads, : self.keys]
+
+    def put(self, into: Tensor, x: Tensor) -> None:
+        """x [b, hk, r G, D] into its place in [B,Hk,m,G,D]."""
+        into[self.batch, self.heads, self.rows] = x.unflatten(2, (-1, into.shape[3]))
 
 
-def _packed(x: Tensor, kv: int) -> Tensor:
-    """[B,H,m,D] -> [B Hk, m G, D]: the query heads of one key-value head are more rows against one copy of its keys.
+def _parts(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Part]:
+    """As much at a time as stays in cache between the elementwise passes: several short blocks, or rows of a long one."""
+    batch, heads, rows, width = q.shape
+    kv, keys = k.shape[1:3]
+    a_row = max(keys, width) * heads // kv
+    step = min(rows, _CAUSAL_ROWS if causal else max(64, _SCORES // a_row))
+    heads_at_once = min(kv, max(1, _SCORES // (step * a_row)))
+    batch_at_once = max(1, _SCORES // (step * a_row * kv)) if heads_at_once == kv else 1
+    for b in range(0, batch, batch_at_once):
+        for h in range(0, kv, heads_at_once):
+            for r in range(0, rows, step):
+                end = min(r + step, rows)
+                part = slice(b, b + batch_at_once), slice(h, h + heads_at_once), slice(r, end)
+                yield _Part(*part, end if causal else keys)
 
-    A view where tokens are stored one after the other and there is one key-value head, else a copy.
-    """
-    return x.unflatten(1, (kv, -1)).transpose(2, 3).reshape(x.shape[0] * kv, -1, x.shape[-1])
+
+def _causal_pairs(rows: int, heads: int) -> int:
+    ends = [min(r + _CAUSAL_ROWS, rows) for r in range(0, rows, _CAUSAL_ROWS)]
+    return sum((b - a) * b for a, b in pairwise([0, *ends]))
 
 
-def _unpacked(like: Tensor, kv: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An empty [B,H,m,width] stored token by token, and its view [B, Hk, m, G, width] to be filled."""
+def _grouped(x: Tensor, kv: int) -> Tensor:
+    """[B,H,m,D] -> its view [B, Hk, m, G, D]."""
+    return x.unflatten(1, (kv, -1)).transpose(2, 3)
+
+
+def _empty(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[B,H,m,width] stored token by token."""
     batch, heads, rows = like.shape[:3]
-    made = torch.empty(batch, rows, kv, heads // kv, width, dtype=dtype, device=like.device)
-    return made.flatten(2, 3).transpose(1, 2), made.transpose(1, 2)
+    return torch.empty(batch, rows, heads, width, dtype=dtype, device=like.device).transpose(1, 2)
 
 
-def _fill(into: Tensor, units: slice, rows: slice, x: Tensor) -> None:
-    """x [units, rows G, D] into its place in [B, Hk, m, G, D]."""
-    batch, kv, _, groups, _ = into.shape
-    x = x.unflatten(1, (-1, groups))
-    if len(x) == batch * kv:
-        into[:, :, rows].copy_(x.unflatten(0, (batch, kv)))
-    elif batch == 1:
-        into[0, units, rows].copy_(x)
-    else:
-        for i, u in enumerate(range(units.start, units.stop)):
-            into[u // kv, u % kv, rows].copy_(x[i])
+def _hidden(part: _Part, device: torch.device) -> Tensor:
+    """[r, 1, n]: the keys behind each row's own place."""
+    at = torch.arange(part.rows.start, part.rows.stop, device=device)[:, None, None]
+    return torch.arange(part.keys, device=device) > at
 
 
 def _scores(
-    q: Tensor, k: Tensor, mask: Mask, units: slice, rows: slice, kv: int, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, mask: Mask, part: _Part, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Wide q [u, r G, D], k [u, n, D] -> scores [u, r, G, n], -inf where hidden, and the softcap's slope."""
-    s = (q @ k.mT).unflatten(1, (rows.stop - rows.start, -1)).mul_(scale)
+    """Wide q [b, hk, r G, D], k [b, hk, n, D] -> scores [b, hk, r, G, n], -inf where hidden, and the softcap's slope."""
+    s = (q @ k.mT).unflatten(2, (part.rows.stop - part.rows.start, -1)).mul_(scale)
     slope = None
     if softcap is not None:
         t = torch.tanh(s / softcap)
@@ -194,34 +215,31 @@ def _scores(
     if mask is None:
         return s, slope
     if isinstance(mask, str):
-        at = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-        return s.masked_fill_((torch.arange(k.shape[1], device=q.device) > at)[:, None], -torch.inf), slope
+        return s.masked_fill_(_hidden(part, q.device), -torch.inf), slope
     seen = mask.seen if isinstance(mask, Band) else mask
     if seen.shape[-2] > 1:
-        seen = seen[..., rows, :]
-    if seen.dim() == 4:
-        seen = seen[:, 0] if seen.shape[0] == 1 else seen[torch.arange(units.start, units.stop) // kv, 0]
+        seen = seen[..., part.rows, :]
+    if seen.dim() == 4 and seen.shape[0] > 1:
+        seen = seen[part.batch]
     return s.masked_fill_(~seen[..., None, :], -torch.inf), slope
 
 
 def _product_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    wide, kv, groups = wide_dtype(q.dtype), k.shape[1], q.shape[1] // k.shape[1]
-    smallest = torch.finfo(wide).min
-    qs, ks, vs = _packed(q, kv), k.flatten(0, 1), v.flatten(0, 1)
-    kw = ks.to(wide)
-    out, out_units = _unpacked(q, kv, v.shape[-1], v.dtype)
-    lse, lse_units = _unpacked(q, kv, 1, wide)
-    for u, a, b, end in _pieces(len(qs), q.shape[2], k.shape[2], groups, mask == "causal"):
-        s, _ = _scores(qs[u, a * groups : b * groups].to(wide), kw[u, :end], mask, u, slice(a, b), kv, scale, softcap)
-        s = s.flatten(1, 2)
+    wide, kv = wide_dtype(q.dtype), k.shape[1]
+    smallest, tiny = torch.finfo(wide).min, torch.finfo(wide).tiny
+    out, lse = _empty(q, v.shape[-1], v.dtype), _empty(q, 1, wide)
+    kw, qs, outs, lses = k.to(wide), _grouped(q, kv), _grouped(out, kv), _grouped(lse, kv)
+    for part in _parts(q, k, mask == "causal"):
+        s, _ = _scores(part.of_rows(qs).to(wide), part.of_keys(kw), mask, part, scale, softcap)
+        s = s.flatten(2, 3)
         top = s.amax(-1, keepdim=True).clamp_min_(smallest)
         p = s.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
-        _fill(lse_units, u, slice(a, b), total.log().add_(top))
-        p.mul_(total.clamp_min_(torch.finfo(wide).tiny).reciprocal_())
-        _fill(out_units, u, slice(a, b), p.to(v.dtype) @ vs[u, :end])
+        part.put(lses, total.log().add_(top))
+        p.mul_(total.clamp_min_(tiny).reciprocal_())
+        part.put(outs, p.to(v.dtype) @ part.of_keys(v))
     return out, lse[..., 0]
 
 
@@ -236,42 +254,39 @@ def _product_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, kv, groups = lse.dtype, k.shape[1], q.shape[1] // k.shape[1]
-    qs, gs, ks, vs = _packed(q, kv), _packed(dout, kv), k.flatten(0, 1), v.flatten(0, 1)
-    ls = _packed(lse[..., None], kv).unflatten(1, (-1, groups))
-    deltas = _packed((dout.to(wide) * out.to(wide)).sum(-1, keepdim=True), kv)
-    kw = ks.to(wide)
-    dq, dq_units = _unpacked(q, kv, q.shape[-1], q.dtype)
-    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (ks, vs))
-    for u, a, b, end in _pieces(len(qs), q.shape[2], k.shape[2], groups, mask == "causal"):
-        part = slice(a * groups, b * groups)
-        qx, gx = qs[u, part], gs[u, part]
-        s, slope = _scores(qx.to(wide), kw[u, :end], mask, u, slice(a, b), kv, scale, softcap)
-        p = s.sub_(ls[u, a:b]).exp_().flatten(1, 2)
-        ds = (gx @ vs[u, :end].mT).to(wide).sub_(deltas[u, part]).mul_(p).mul_(scale)
+    wide, kv = lse.dtype, k.shape[1]
+    dq = _empty(q, q.shape[-1], q.dtype)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+    kw, ls, dqs = k.to(wide), _grouped(lse[..., None], kv), _grouped(dq, kv)
+    qs, gs, outs = (_grouped(x, kv) for x in (q, dout, out))
+    for part in _parts(q, k, mask == "causal"):
+        qx, gx = part.of_rows(qs), part.of_rows(gs)
+        s, slope = _scores(qx.to(wide), part.of_keys(kw), mask, part, scale, softcap)
+        p = s.flatten(2, 3).sub_(part.of_rows(ls)).exp_()
+        delta = (gx.to(wide) * part.of_rows(outs)).sum(-1, keepdim=True)
+        ds = (gx @ part.of_keys(v).mT).to(wide).sub_(delta).mul_(p).mul_(scale)
         if slope is not None:
-            ds = ds * slope.flatten(1, 2)
+            ds = ds * slope.flatten(2, 3)
         ds, p = ds.to(q.dtype), p.to(dout.dtype)
-        _fill(dq_units, u, slice(a, b), ds @ ks[u, :end])
-        dk[u, :end] += _sum_over_rows(ds, qx)
-        dv[u, :end] += _sum_over_rows(p, gx)
-    return dq, dk.view(k.shape), dv.view(v.shape)
-
-
-def _shifted(x: Tensor, shift: Tensor, kv: int) -> Tensor:
-    """Half-precision x [B,H,m,D] and wide shift [B,H,m] -> [B Hk, m G, D + 2]: minus the shift as two more columns."""
-    batch, heads, rows, width = x.shape
-    made = x.new_empty(batch, kv, rows, heads // kv, width + 2)
-    made[..., :width] = x.unflatten(1, (kv, -1)).transpose(2, 3)
-    minus = shift.unflatten(1, (kv, -1)).transpose(2, 3).neg()
-    made[..., width] = minus
-    made[..., width + 1] = minus - made[..., width]
-    return made.view(batch * kv, -1, width + 2)
+        part.put(dqs, ds @ part.of_keys(k))
+        part.of_keys(dk).add_(_sum_over_rows(ds, qx))
+        part.of_keys(dv).add_(_sum_over_rows(p, gx))
+    return dq, dk, dv
 
 
 def _sum_over_rows(p: Tensor, x: Tensor) -> Tensor:
-    """[u, r, n] and [u, r, D] -> [u, n, D]. One alone goes as a matrix: as a batch it is 2 to 5 times slower."""
-    return (p[0].mT @ x[0])[None] if len(p) == 1 else p.mT @ x
+    """[b,h,r,n] and [b,h,r,D] -> [b,h,n,D]. One alone goes as a matrix: as a batch of one it is 2 to 5 times slower."""
+    return (p[0, 0].mT @ x[0, 0])[None, None] if p.shape[:2] == (1, 1) else p.mT @ x
+
+
+def _shifted(x: Tensor, shift: Tensor) -> Tensor:
+    """Half-precision x [b,h,r,D], wide shift [b,h,r,1] -> [b,h,r,D + 2]: minus the shift as two more columns."""
+    made = x.new_empty(*x.shape[:-1], x.shape[-1] + 2)
+    made[..., :-2] = x
+    minus = shift.neg()
+    made[..., -2:-1] = minus
+    made[..., -1:] = minus - made[..., -2:-1]
+    return made
 
 
 def _half_backward(
@@ -294,24 +309,25 @@ def _half_backward(
     with the shifts as two columns (16 bits), summed in float32 inside the product: P is off by 2^-9 |log P| of itself,
     largest where P = 1/e and then 7e-4, however large the scores are.
     """
-    kv, groups, width = k.shape[1], q.shape[1] // k.shape[1], q.shape[-1]
-    qs, gs = _shifted(q, lse / scale, kv), _shifted(dout, (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1), kv)
-    one = k.new_ones(k.shape[0] * kv, k.shape[2], 2)
-    plain = k.flatten(0, 1)
-    ks, vs = torch.cat([plain, one], -1), torch.cat([v.flatten(0, 1), one], -1)
-    dq, dq_units = _unpacked(q, kv, width, q.dtype)
-    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (ks, vs))
-    for u, a, b, end in _pieces(len(qs), q.shape[2], k.shape[2], groups, mask == "causal"):
-        part = slice(a * groups, b * groups)
-        p = (qs[u, part] @ ks[u, :end].mT).mul_(scale).exp_()
+    wide, kv = lse.dtype, k.shape[1]
+    dq = _empty(q, q.shape[-1], q.dtype)
+    one = k.new_ones(*k.shape[:-1], 2)
+    kx, vx = torch.cat([k, one], -1), torch.cat([v, one], -1)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (kx, vx))
+    ls, dqs = _grouped(lse[..., None], kv), _grouped(dq, kv)
+    qs, gs, outs = (_grouped(x, kv) for x in (q, dout, out))
+    for part in _parts(q, k, mask == "causal"):
+        gx = part.of_rows(gs)
+        delta = (gx.to(wide) * part.of_rows(outs)).sum(-1, keepdim=True)
+        qx, gx = _shifted(part.of_rows(qs), part.of_rows(ls) / scale), _shifted(gx, delta)
+        p = (qx @ part.of_keys(kx).mT).mul_(scale).exp_()
         if mask is not None:
-            at = torch.arange(a, b, device=q.device)[:, None]
-            p.unflatten(1, (-1, groups)).masked_fill_((torch.arange(end, device=q.device) > at)[:, None], 0)
-        ds = (gs[u, part] @ vs[u, :end].mT).mul_(p)
-        _fill(dq_units, u, slice(a, b), ds @ plain[u, :end])
-        dk[u, :end] += _sum_over_rows(ds, qs[u, part])
-        dv[u, :end] += _sum_over_rows(p, gs[u, part])
-    return dq.mul_(scale), dk[..., :-2].mul_(scale).unflatten(0, k.shape[:2]), dv[..., :-2].unflatten(0, k.shape[:2])
+            p.unflatten(2, (part.rows.stop - part.rows.start, -1)).masked_fill_(_hidden(part, q.device), 0)
+        ds = (gx @ part.of_keys(vx).mT).mul_(p)
+        part.put(dqs, (ds @ part.of_keys(k)).mul_(scale))
+        part.of_keys(dk).add_(_sum_over_rows(ds, qx))
+        part.of_keys(dv).add_(_sum_over_rows(p, gx))
+    return dq, dk[..., :-2].mul_(scale), dv[..., :-2]
 
 
 @cache
@@ -340,7 +356,7 @@ def _stock_works(dtype: torch.dtype) -> bool:
 @cache
 def _half_products_are_fast() -> bool:
     """Whether this processor multiplies bfloat16 itself; elsewhere it is emulated."""
-    known: dict[str, bool] = torch.cpu.get_capabilities()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -348,8 +364,9 @@ def _half_products_are_fast() -> bool:
 def _half_kernel(width: int) -> Kernel:
     """The stock forward, and the half-precision backward for blocks large enough that it is the faster one."""
 
-    def products(keys: int, causal: bool) -> bool:
-        return keys * width >= _HALF_KEYS_TIMES_WIDTH and (width >= 128 or not causal)
+    def products(rows: int, keys: int, heads: int, causal: bool) -> bool:
+        large = keys >= _HALF_KEYS and rows * keys * heads * width >= _HALF_WORK
+        return large and (width >= 128 or not causal)
 
     def backward(
         dout: Tensor,
@@ -363,19 +380,16 @@ def _half_kernel(width: int) -> Kernel:
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         chosen = _stock_backward
-        if not isinstance(mask, Band | Tensor) and products(k.shape[2], mask is not None):
+        size = q.shape[2], k.shape[2], q.shape[0] * q.shape[1]
+        if not isinstance(mask, Band | Tensor) and products(*size, mask is not None):
             chosen = _half_backward
         return chosen(dout, q, k, v, out, lse, mask, scale, softcap)
 
     def pairs(rows: int, heads: int) -> int:
-        return (_PRODUCTS if products(rows, True) else _STOCK).causal_pairs(rows, heads)
+        return (_PRODUCTS if products(rows, rows, heads, True) else _STOCK).causal_pairs(rows, heads)
 
     return Kernel(_stock_forward, backward, _STOCK.causal_pairs, pairs)
 
 
 _STOCK = Kernel(_stock_forward, _stock_backward, lambda rows, heads: rows * (rows + 1) // 2)
-_PRODUCTS = Kernel(
-    _product_forward,
-    _product_backward,
-    lambda rows, heads: sum((b - a) * end for _, a, b, end in _pieces(1, rows, rows, 1, True)),
-)
+_PRODUCTS = Kernel(_product_forward, _product_backward, _causal_pairs)
