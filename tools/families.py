@@ -16,12 +16,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from burnish.core.errors import MachineError
-from burnish.core.records import Sampling
-from burnish.engines.local.engine import LocalEngine
 from tests.engines.policies import generated, policy, prompts
 from tests.forest.test_models import FORESTS, OWN, apart, in_forest, in_rows, stream_of, with_gradients
 from tests.forest.tiny import PADDED, SHARE, tiny
+
+from burnish.core.errors import MachineError
+from burnish.core.records import Sampling
+from burnish.engines.local.engine import LocalEngine
 
 
 def engine(name: str) -> str:
