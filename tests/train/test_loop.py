@@ -93,6 +93,19 @@ def test_training_learns_and_micro_batches_cannot_change_it(tmp_path: Path) -> N
         assert x["label_tokens"] == y["label_tokens"] and math.isclose(x["loss"], y["loss"], rel_tol=1e-4)
 
 
+def test_what_a_router_adds_is_logged_beside_the_loss_it_is_part_of(tmp_path: Path) -> None:
+    words = SimpleNamespace(eos_token_id=2)
+    on = Policy(tiny("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), words)
+    train(tmp_path / "00-on", 2, on=on, micro_tokens=20)
+    train(tmp_path / "00-off", 2, on=Policy(tiny("mixtral"), words), micro_tokens=20)
+    with_term, without = (list(read_jsonl(tmp_path / f / "metrics.jsonl")) for f in ("00-on", "00-off"))
+    assert all("router_loss" not in row for row in without)
+    first = with_term[0]
+    assert 0.5 * 2 * 0.9 < first["router_loss"] < 0.5 * 4  # coefficient times top_k = 2 where routing is even, 4 at worst
+    assert math.isclose(first["loss"], without[0]["loss"] + first["router_loss"], rel_tol=1e-5)
+    assert with_term[1]["loss"] - with_term[1]["router_loss"] != without[1]["loss"]  # it has moved the weights
+
+
 def poisoned(at: set[int]) -> Policy:
     """Its loss is not a number in these steps."""
     p = policy()

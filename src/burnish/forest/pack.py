@@ -24,12 +24,14 @@ class Micro:
 
     items [M]  the batch's entry for each entry of `view`, ascending
     units [U]  the batch's unit for each unit of this micro-batch, ascending (one without labels is listed too)
+    share      its part of the batch's tokens, each counted once for every sequence it is in; the shares add up to 1
     """
 
     stream: Stream
     view: LossView
     items: Tensor
     units: Tensor
+    share: float = 1.0
 
 
 class Batch:
@@ -68,14 +70,18 @@ class Batch:
         for tree in self.trees:
             first_unit.append(first_unit[-1] + len(tree.units))
             first_entry.append(first_entry[-1] + sum(len(unit.labels) for unit in tree.units))
-        micros: list[Micro] = []
         size = [tree.size for tree in self.trees]
         labels = [b - a for a, b in pairwise(first_entry)] if label_budget is not None else [0] * len(size)
+        streams: list[tuple[Stream, list[int]]] = []
         for members in _first_fit_decreasing(size, token_budget, labels, label_budget or 0):
-            trees = [self.trees[i] for i in members]
+            streams.append((Stream.of([self.trees[i] for i in members]), members))
+        counted = [int(stream.layout.paths.sum()) for stream, _ in streams]
+        micros: list[Micro] = []
+        for (stream, members), tokens in zip(streams, counted):
+            view = LossView.of([self.trees[i] for i in members])
             items = [torch.arange(first_entry[i], first_entry[i + 1]) for i in members]
             units = [torch.arange(first_unit[i], first_unit[i + 1]) for i in members]
-            micros.append(Micro(Stream.of(trees), LossView.of(trees), torch.cat(items), torch.cat(units)))
+            micros.append(Micro(stream, view, torch.cat(items), torch.cat(units), tokens / sum(counted)))
         return micros
 
 

@@ -42,7 +42,7 @@ def lora(
             remedy=f"this model has {', '.join(names)}",
         ) from error
     adapted = Policy(model, policy.tokenizer, source=policy.source, probe=False)
-    adapted.logit_map, adapted.why_not_shared = policy.logit_map, policy.why_not_shared
+    adapted.logit_map, adapted.why_not_shared, adapted.router = policy.logit_map, policy.why_not_shared, policy.router
     adapted.decisions, adapted.version = policy.decisions, policy.version
     return adapted
 
@@ -83,7 +83,7 @@ def merge(policy: Policy) -> Policy:
     before = probe_logits(policy.model, vocabulary)
     model = policy.model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     merged = Policy(model, policy.tokenizer, source=policy.source, probe=False)
-    merged.logit_map, merged.why_not_shared = policy.logit_map, policy.why_not_shared
+    merged.logit_map, merged.why_not_shared, merged.router = policy.logit_map, policy.why_not_shared, policy.router
     merged.decisions, merged.version = policy.decisions, policy.version + 1
     after = probe_logits(model, vocabulary)
     error = float((after - before).norm() / before.norm())

@@ -18,7 +18,7 @@ from burnish.core.errors import MachineError
 from burnish.core.records import ModelShape
 from burnish.forest.attention import NAME, Forest, register
 from burnish.forest.pack import Micro
-from burnish.forest.padded import padded_hidden, padded_positions
+from burnish.forest.padded import padded_outputs, padded_positions
 from burnish.forest.probe import why_not
 from burnish.forest.stream import Stream, Tree
 from burnish.maths.head import (
@@ -31,6 +31,7 @@ from burnish.maths.head import (
     recomputed_rows,
 )
 from burnish.models.recompute import Checkpointing, layers_of, recomputed, recomputed_parameters
+from burnish.models.router import Router, find_router
 from burnish.models.shape import shape_of
 
 
@@ -38,12 +39,15 @@ from burnish.models.shape import shape_of
 class Output:
     """loss: scalar with a graph; logprobs [M]: detached, in the micro-batch's entry order.
 
+    router_loss: what a mixture of experts added to `loss` for uneven routing, a detached scalar; None where it adds
+    nothing (see `models/router.py` for when it does).
     executed_flops(backward=True) is known once the backward has run: it includes what the plan then launched.
     """
 
     loss: Tensor
     logprobs: Tensor
     executed_flops: Callable[[bool], int]
+    router_loss: Tensor | None = None
 
 
 class Policy(nn.Module):
@@ -67,8 +71,10 @@ class Policy(nn.Module):
         self._base = [base]
         self.logit_map = LogitMap()
         self.why_not_shared: str | None = None
+        self.router: Router | None = None
         if probe:
             self.logit_map = find_logit_map(base, self.body, self.head_weight(), self.head_bias())
+            self.router = find_router(base, self.body)
             self.why_not_shared = why_not(base, self.body)
             if self.why_not_shared is None:
                 base.set_attn_implementation(register())
@@ -76,6 +82,9 @@ class Policy(nn.Module):
             else:
                 how = f"rows are padded and prefixes are not shared: {self.why_not_shared}"
             self.decisions["attention"] = {"value": "forest" if self.why_not_shared is None else "padded", "why": how, "measured": {}}
+            if self.router is not None:
+                how = "the model's configuration says output_router_logits and gives router_aux_loss_coef"
+                self.decisions["router_loss"] = {"value": self.router.coefficient, "why": how, "measured": {}}
 
     @property
     def base(self) -> Any:
@@ -125,20 +134,27 @@ class Policy(nn.Module):
 
     def hidden(self, stream: Stream, plan: Any = None) -> Tensor:
         """[T, H] for a packed stream. Layers are run again in the backward where `checkpointing` says so."""
+        return self._run(stream, plan, router_logits=False)[0]
+
+    def _run(self, stream: Stream, plan: Any, router_logits: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """[T, H], and the router logits [T, experts] of each routed layer where they are asked for."""
         if self.checkpointing == "off" or not torch.is_grad_enabled():
             run = nullcontext()
         else:
             run = recomputed(layers_of(self.body), keeps_rng=self.training and self.adapted)
         with run:
             if self.why_not_shared is not None:
-                return padded_hidden(self.body, stream)
+                return padded_outputs(self.body, stream, router_logits=router_logits)
+            asked = {"output_router_logits": True} if router_logits else {}
             out = self.body(
                 input_ids=stream.tokens[None].to(self.device),
                 position_ids=stream.layout.position[None].to(self.device),
                 plan=plan if plan is not None else Forest(stream.layout),
                 use_cache=False,
+                **asked,
             )
-        return out.last_hidden_state[0]
+        routed = out.router_logits if router_logits else ()
+        return out.last_hidden_state[0], tuple(x.reshape(-1, x.shape[-1]) for x in routed)
 
     def checkpoint(self, what: Checkpointing) -> None:
         """What the backward runs again. Raises MachineError where this model's layers do not engage."""
@@ -152,9 +168,12 @@ class Policy(nn.Module):
         self.checkpointing = what
 
     def forward(self, micro: Micro, objective: Objective, *, couple: Tensor | None = None, rows: int | None = None) -> Output:
-        """One micro-batch: body, head and the objective's gradient on the loss rows. `couple` [M]: ids never split by a chunk."""
+        """One micro-batch: body, head and the objective's gradient on the loss rows. `couple` [M]: ids never split by a chunk.
+
+        Where the model's own loss has a router term (`models/router.py`), it is part of this loss.
+        """
         plan = Forest(micro.stream.layout)
-        hidden = self.hidden(micro.stream, plan)
+        hidden, router_logits = self._run(micro.stream, plan, router_logits=self.router is not None)
         view = micro.view
         options: dict[str, Any] = {} if rows is None else {"rows": rows}
         weight = self.head_weight()
@@ -163,6 +182,10 @@ class Policy(nn.Module):
             index=view.index.to(hidden.device), couple=couple, bias=self.head_bias(), logit_map=self.logit_map,
             sink=self.sinks.get(weight) if isinstance(weight, nn.Parameter) else None, **options,
         )  # fmt: skip
+        router_loss = None
+        if self.router is not None:
+            term = self.router.loss(router_logits, hidden, micro)
+            loss, router_loss = loss + term.to(loss), term.detach()
         tokens, head_rows = len(micro.stream.tokens), len(view.label)
         grads, head_trained = loss.requires_grad, weight.requires_grad
         again = (self._recomputed or 0) if self.checkpointing != "off" else 0
@@ -187,7 +210,7 @@ class Policy(nn.Module):
             )
             return per_token * body_tokens + attention + head
 
-        return Output(loss, logprobs, executed_flops)
+        return Output(loss, logprobs, executed_flops, router_loss)
 
     @torch.no_grad()
     def logprobs(self, micro: Micro) -> Tensor:

@@ -191,7 +191,7 @@ def one_step(
         plan = memory.follow(state.step + 1, policy)
         optimiser.zero()
         try:
-            loss, labels, tokens, useful, executed = gradients(policy, method, plan, work, shape)
+            done = gradients(policy, method, plan, work, shape)
             break
         except _TooLarge as failed:
             # outside its handler nothing refers to the failed forward any more, and its tensors are free
@@ -200,7 +200,7 @@ def one_step(
         say(f"out of memory in step {state.step + 1} ({plan}): the same batch again, {smaller}")
         del micro, error
         dice.back()
-    norm = optimiser.gradient_norm() if math.isfinite(loss) else torch.tensor(math.nan)
+    loss, norm = done.loss(), optimiser.gradient_norm()
     rate = settings.learning_rate * schedule(state.step, method.total_steps)
     finite = math.isfinite(loss) and bool(torch.isfinite(norm))
     state.step += 1
@@ -222,12 +222,12 @@ def one_step(
                 where=", ".join(work.where[:8]) or f"step {state.step}",
                 remedy="lower train.learning_rate, or look at the rows named here; weights are as of the last finite step",
             )
-    state.label_tokens += labels
-    state.ledger.count("train", stream_tokens=tokens, label_tokens=labels, useful_flops=useful, executed_flops=executed)
+    state.label_tokens += done.labels
+    state.ledger.count("train", stream_tokens=done.tokens, label_tokens=done.labels, useful_flops=done.useful, executed_flops=done.executed)
     return emit(
         step=state.step, kind="train", loss=loss if math.isfinite(loss) else None, grad_norm=float(norm) if finite else None,
-        lr=rate, label_tokens=labels, stream_tokens=tokens, rows=work.rows, epoch=round(work.epoch, 6),
-        skipped_steps=state.skipped_steps,
+        lr=rate, label_tokens=done.labels, stream_tokens=done.tokens, rows=work.rows, epoch=round(work.epoch, 6),
+        skipped_steps=state.skipped_steps, **done.terms(),
     )  # fmt: skip
 
 
@@ -239,41 +239,61 @@ class _TooLarge(Exception):
         super().__init__(str(error))
 
 
-def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: ModelShape) -> tuple[float, int, int, int, int]:
-    """Forward and backward of a whole batch: (loss, labels, tokens, useful FLOPs, executed FLOPs). Ends where a loss is not finite."""
-    loss, labels, tokens, useful, executed = 0.0, 0, 0, 0, 0
+@dataclass
+class Done:
+    """What forward and backward of a whole batch did. Losses stay on their device: each read would make a GPU wait."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)
+    router: list[torch.Tensor] = field(default_factory=list)
+    labels: int = 0
+    tokens: int = 0
+    useful: int = 0
+    executed: int = 0
+
+    def loss(self) -> float:
+        return math.fsum(torch.stack(self.losses).tolist()) if self.losses else math.nan
+
+    def terms(self) -> dict[str, float | None]:
+        """Parts of the loss that are the model's own, for the log."""
+        if not self.router:
+            return {}
+        total = sum(torch.stack(self.router).tolist())
+        return {"router_loss": total if math.isfinite(total) else None}
+
+
+def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: ModelShape) -> Done:
+    """Forward and backward of a whole batch. A loss that is not finite spoils the gradients, which are then not used."""
+    done = Done()
     for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
         objective, couple = method.objective(work, micro)
         try:
-            out, value = forward_backward(policy, micro, objective, couple)
+            out = forward_backward(policy, micro, objective, couple)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             raise _TooLarge(micro, error) from None
-        loss += value
-        if not math.isfinite(value):
-            break
+        done.losses.append(out.loss.detach())
+        if out.router_loss is not None:
+            done.router.append(out.router_loss)
         layout = micro.stream.layout
-        labels += len(micro.view.index)
-        tokens += len(micro.stream.tokens)
-        executed += out.executed_flops(True)
-        useful += train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
+        done.labels += len(micro.view.index)
+        done.tokens += len(micro.stream.tokens)
+        done.executed += out.executed_flops(True)
+        done.useful += train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
         del out
-    return loss, labels, tokens, useful, executed
+    return done
 
 
 def forward_backward(
     policy: Policy, micro: Micro, objective: Objective, couple: torch.Tensor | None = None, *,
     rows: int | None = None, between: Callable[[], None] | None = None,
-) -> tuple[Output, float]:  # fmt: skip
-    """One micro-batch and its loss: its gradient is added to what is there; a loss that is not finite has none."""
+) -> Output:  # fmt: skip
+    """One micro-batch: its gradient is added to what is there."""
     out = policy(micro, objective, couple=couple, rows=rows)
     if between is not None:
         between()
-    value = float(out.loss.detach())
-    if math.isfinite(value):
-        out.loss.backward()
-    return out, value
+    out.loss.backward()
+    return out
 
 
 def _trial(policy: Policy, micro: Micro, objective: Objective, rows: int | None, between: Callable[[], None]) -> None:
