@@ -103,7 +103,11 @@ class Kernel:
 
 
 def kernel_for(q: Tensor, v: Tensor, softcap: float | None) -> Kernel:
-    """The stock kernel where it can: on a CPU, without softcap, with one width for keys and values."""
+    """The stock kernel where it can: without softcap, with one width for keys and values; on CUDA in half precision."""
+    if q.device.type == "cuda":
+        from burnish.forest import cuda  # it is built from this module
+
+        return cuda.BLOCKS if cuda.applies(q, v, softcap) else _PRODUCTS
     if softcap is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and _stock_works(q.dtype):
         return _STOCK
     return _PRODUCTS
