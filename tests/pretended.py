@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
 
 NAME = "pretended"
 aten = torch.ops.aten
@@ -25,9 +29,24 @@ _indices = {  # operations that take indices from the host, and the argument the
 }  # fmt: skip
 _across = {aten.copy_.default, aten._to_copy.default}
 
+class _Module(_DummyBackendModule):
+    """To whoever looks for an accelerator there is none: other tests run in this process."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return []
+
+
+class _Hook(_DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return False
+
+
 # at import, because the first backward of a process fixes how many devices autograd serves
 if torch._C._get_privateuse1_backend_name() != NAME:
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, _Module(), _Hook())
 
 
 class MixedDevicesError(RuntimeError):

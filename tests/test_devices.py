@@ -7,7 +7,6 @@ import torch
 
 from burnish.core.records import Sampling
 from burnish.engines.local.engine import LocalEngine
-from burnish.forest import cuda
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
 from burnish.maths.logprobs import weighted_nll

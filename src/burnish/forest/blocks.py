@@ -66,7 +66,7 @@ def attend_block(
     "causal" needs m = n.
     """
     # under a free mask the stock kernel gives a row without keys lse = 0, as if it had seen something
-    kernel = _PRODUCTS if isinstance(mask, Tensor) else kernel_for(q, v, softcap)
+    kernel = PRODUCTS if isinstance(mask, Tensor) else kernel_for(q, v, softcap)
     with torch.no_grad():
         out, lse = kernel.forward(q, k, v, mask, scale, softcap)
         return out.to(lse.dtype), lse
@@ -107,10 +107,10 @@ def kernel_for(q: Tensor, v: Tensor, softcap: float | None) -> Kernel:
     if q.device.type == "cuda":
         from burnish.forest import cuda  # it is built from this module
 
-        return cuda.BLOCKS if cuda.applies(q, v, softcap) else _PRODUCTS
+        return cuda.BLOCKS if cuda.applies(q, v, softcap) else PRODUCTS
     if softcap is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and _stock_works(q.dtype):
         return _STOCK
-    return _PRODUCTS
+    return PRODUCTS
 
 
 def _stock_forward(
@@ -246,7 +246,7 @@ def _stock_works(dtype: torch.dtype) -> bool:
 
 
 _STOCK = Kernel(_stock_forward, _stock_backward, lambda rows, heads: rows * (rows + 1) // 2)
-_PRODUCTS = Kernel(
+PRODUCTS = Kernel(
     _product_forward,
     _product_backward,
     lambda rows, heads: sum((b - a) * end for a, b, end in _row_chunks(rows, rows, heads, True)),

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.ledger import attended
-from burnish.forest.blocks import _PRODUCTS, Band, Kernel, Mask, merge, wide_dtype
+from burnish.forest.blocks import PRODUCTS, Band, Kernel, Mask, merge, wide_dtype
 from burnish.forest.stream import Layout
 
 Rows = slice | Tensor
@@ -244,7 +244,9 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) ->
     from torch.nn.attention.varlen import AuxRequest, varlen_attn  # torch's own name for it is young
 
     found: Any = varlen_attn(
-        *(_rows_whole(x) for x in (q, k, v)),
+        _rows_whole(q),
+        _rows_whole(k),
+        _rows_whole(v),
         call.cu_q,
         call.cu_k,
         max(call.max_q, 2),  # single queries take a path of their own, which lays the log-sum-exp out anew
@@ -299,7 +301,7 @@ def why_not(dtype: torch.dtype, width: int, device: int | None) -> str | None:
         return f"the flash kernel takes half precision, not {dtype}"
     if width % 8 or width > WIDTHS:
         return f"the flash kernel takes heads up to {WIDTHS} wide in steps of 8, not {width}"
-    return disagreement(FLASH, dtype, width, torch.device("cuda", device))
+    return disagreement(FLASH, dtype, width, torch.device("cuda" if device is None else f"cuda:{device}"))
 
 
 def disagreement(kernel: Varlen, dtype: torch.dtype, width: int, device: torch.device) -> str | None:
@@ -352,8 +354,8 @@ def _by_products(
     for qx, kx, vx, gx, ox, lx, rows, keys in columns:
         qh, kh, vh, gh, oh = (x.transpose(0, 1)[None] for x in (qx, kx, vx, gx, ox))
         mask: Mask = None if kind == "whole" else Band.of(rows, keys, window or keys, q.device)
-        o, l = _PRODUCTS.forward(qh, kh, vh, mask, scale, None)
-        grads = _PRODUCTS.backward(gh, qh, kh, vh, oh, lx[None], mask, scale, None)
+        o, l = PRODUCTS.forward(qh, kh, vh, mask, scale, None)
+        grads = PRODUCTS.backward(gh, qh, kh, vh, oh, lx[None], mask, scale, None)
         for into, x in zip(parts, (o, l, *grads)):
             into.append(x[0].transpose(0, 1) if x.ndim == 4 else x[0])
     return [torch.cat(x, 1 if i == 1 else 0) for i, x in enumerate(parts)]
@@ -381,12 +383,12 @@ def _block_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     if not (mask is None or mask == "causal"):
-        return _PRODUCTS.forward(q, k, v, mask, scale, softcap)
+        return PRODUCTS.forward(q, k, v, mask, scale, softcap)
     batch, _, rows, _ = q.shape
     call = _same(batch, rows, k.shape[2], mask == "causal", q.device)
     out, lse = FLASH.forward(_flat(q), _flat(k), _flat(v), call, scale)
     return out.unflatten(0, (batch, rows)).transpose(1, 2), lse.unflatten(1, (batch, rows)).transpose(0, 1)
 
 
-BLOCKS = Kernel(_block_forward, _PRODUCTS.backward, lambda rows, heads: rows * (rows + 1) // 2)
+BLOCKS = Kernel(_block_forward, PRODUCTS.backward, lambda rows, heads: rows * (rows + 1) // 2)
 """Single blocks, forward only on the kernel: a forest's backward is a program's."""

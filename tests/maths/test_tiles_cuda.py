@@ -1,0 +1,74 @@
+"""The tile pass against its definition in float64; the Triton kernel under its interpreter, where Triton is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from burnish.maths import tiles_cuda
+from burnish.maths.head import LogitMap
+
+MAPS = [
+    LogitMap(),
+    LogitMap(scale=0.5, temperature=0.7),
+    LogitMap(softcap=3.0),
+    LogitMap(scale=2.0, softcap=5.0, temperature=1.5),
+]
+
+
+def check(dtype: torch.dtype, logit_map: LogitMap, keep: bool, vocabulary: int) -> None:
+    g = torch.Generator().manual_seed(vocabulary)
+    wide = torch.zeros(5, vocabulary + 3, dtype=dtype)  # rows further apart than they are long
+    z = wide[:, :vocabulary].copy_(4 * torch.randn(5, vocabulary, generator=g))
+    z[1, vocabulary // 2] = 40.0
+    exact = z.double()
+    y = logit_map(exact)
+    top = y.amax(1, keepdim=True)
+    got_top, got_mass = tiles_cuda.overwrite_exp(z, logit_map, keep)
+    assert got_top.dtype == got_mass.dtype == torch.float32 and got_top.shape == got_mass.shape == (5, 1)
+    torch.testing.assert_close(got_top.double(), top, rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(got_mass.double(), (y - top).exp().sum(1, keepdim=True), rtol=1e-5, atol=0)
+    if keep:
+        slope = logit_map.slope(y)
+        want = (y - top).exp() * (slope if isinstance(slope, torch.Tensor) else 1.0)
+        # the interpreter cuts a bfloat16 off where hardware rounds it
+        half = 2**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2**-8
+        tolerance = {"rtol": half, "atol": 1e-5} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 3e-7}
+        torch.testing.assert_close(z.double(), want, **tolerance)
+    assert not wide[:, vocabulary:].any()  # what stands between rows is not touched
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("logit_map", MAPS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tile_is_overwritten_with_its_exponentials(dtype: torch.dtype, logit_map: LogitMap, keep: bool):
+    if tiles_cuda.triton is not None and os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        pytest.skip("Triton is installed and there is no GPU: the interpreter test covers it")
+    for vocabulary in (1, 97, 300):
+        check(dtype, logit_map, keep, vocabulary)
+
+
+def test_the_eager_pass_goes_through_a_tile_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiles_cuda, "triton", None)
+    monkeypatch.setattr(tiles_cuda, "EAGER", 200)
+    check(torch.bfloat16, MAPS[-1], True, 97)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with a CUDA build of torch")
+def test_the_kernel_under_tritons_interpreter():
+    code = (
+        "from tests.maths import test_tiles_cuda as t; import torch; t.tiles_cuda.BLOCK = 128;"
+        "[t.check(d, m, k, v) for d in (torch.float32, torch.bfloat16) for m in t.MAPS for k in (True, False)"
+        " for v in (1, 97, 128, 300)]; print('ok')"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "ok", done.stderr[-2000:]
