@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from burnish import load, pipeline
+from burnish.cli import invoke
+from burnish.core.errors import ConfigError, MachineError
 from burnish.core.records import Sampling
 from burnish.engines.local.engine import LocalEngine
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
 from burnish.maths.logprobs import weighted_nll
+from burnish.models.load import choose_device
 from burnish.models.policy import Policy
+from burnish.train.loop import State, one_step
 from burnish.train.optim import Optimiser
 from tests.engines.policies import Letters, policy, prompts
 from tests.forest.tiny import tiny
 from tests.pretended import MixedDevicesError, Pretending, there
+from tests.train.test_loop import SETTINGS, method
 
 
 def moved(name: str, **more) -> Policy:
@@ -101,3 +109,79 @@ def test_a_rollout_and_a_score_stay_on_their_device(name: str, sampling: Samplin
     assert there_tokens == tokens
     for x, y in zip(there_scores, scores):
         assert torch.allclose(torch.tensor(x), torch.tensor(y), atol=1e-4)
+
+
+def test_a_step_reads_the_device_once_for_all_its_losses_and_once_for_the_norm():
+    """A read makes a GPU wait: none per micro-batch."""
+    counts: list[int] = []
+    with Pretending() as mode:
+        for micro_tokens in (1000, 12):
+            p, stage = moved("llama"), method(1)
+            optimiser, state = Optimiser(p, learning_rate=1e-3), State()
+            (work,) = stage.batches(0)
+            shape = p.shape
+            mode.reads.clear()
+            row = one_step(p, stage, optimiser, SETTINGS, lambda step, total: 1.0, micro_tokens, state, work, shape)
+            optimiser.close()
+            assert row["loss"] is not None and len(work.batch.split(micro_tokens)) == (1 if micro_tokens == 1000 else 3)
+            counts.append(mode.reads.total())
+    assert counts[0] == counts[1] <= 4, counts
+
+
+# ---- which device -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+
+
+def test_auto_is_cuda_where_there_is_one(two_gpus: None):
+    assert choose_device("auto")["value"] == "cuda"
+    assert choose_device("cpu")["value"] == "cpu" and choose_device("cuda:1")["value"] == "cuda:1"
+    with pytest.raises(MachineError, match=r"cuda:2 is not there.*\n.*cpu, cuda:0 \(a GPU\), cuda:1"):
+        choose_device("cuda:2")
+
+
+def test_a_device_that_is_not_there_is_refused_with_what_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto")["value"] == "cpu"
+    with pytest.raises(MachineError, match=r"cuda is not there.*\n.*there is: cpu$") as refused:
+        choose_device("cuda")
+    assert refused.value.exit_code == 4
+    with pytest.raises(ConfigError, match="'tpu' is not a device"):
+        choose_device("tpu")
+    with pytest.raises(MachineError):
+        load("spark", device="cuda")
+
+
+def test_verbs_and_recipes_take_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert invoke(["eval", "spark", "--task", "sums", "--rows", "2", "--device", "cuda"]) == 4
+    assert invoke(["chat", "spark", "-p", "1+1", "--device", "cuda"]) == 4
+    words = ["run", "first_steps/quickstart", "--set", "device=cuda", "--runs", str(tmp_path)]
+    assert invoke(words) == 4
+    assert "cuda is not there" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # refused before anything is written
+    assert invoke(["eval", "spark", "--task", "sums", "--rows", "2", "--device", "tpu"]) == 2
+
+
+@pytest.mark.parametrize(("recipe", "decided", "wanted"), [("auto", "cuda", "cuda"), ("cpu", "cuda", "cpu"), ("auto", None, "auto")])
+def test_a_resume_stays_where_the_run_began_unless_the_recipe_says_where(
+    recipe: str, decided: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+
+    def loaded(source: str, *, dtype: str, device: str):
+        asked.append(device)
+        decisions = {"device": {"value": device}, "dtype": {"value": dtype}, "attention": {"value": "forest"}}
+        return SimpleNamespace(decisions=decisions)
+
+    monkeypatch.setattr(pipeline, "load_policy", loaded)
+    decisions = {} if decided is None else {"device": {"value": decided}}
+    work = pipeline._Work.__new__(pipeline._Work)
+    work.decisions, work.recipe = decisions, SimpleNamespace(device=recipe, dtype="auto")  # type: ignore[assignment]
+    work._load("m")
+    assert asked == [wanted] and decisions["device"]["value"] == wanted

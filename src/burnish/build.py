@@ -180,7 +180,7 @@ class Built:
         name = f"micro_tokens.{self.stage.name}"
         if wanted == "auto" and name not in decisions:
             per_token = activation_bytes(policy)
-            free = free_memory()
+            free = free_memory(policy.device)
             value = max(512, min(8192, int(0.25 * free / per_token)))
             why = f"a quarter of {free / 1e9:.1f} GB free at about {per_token / 1e3:.0f} kB of activations a token, within 512 to 8192"
             decisions[name] = {"value": value, "why": why, "measured": {"free_bytes": free, "bytes_per_token": per_token}}
@@ -406,9 +406,9 @@ def activation_bytes(policy: Policy) -> int:
     return shape.layers * (16 * shape.hidden + 4 * intermediate) * width
 
 
-def free_memory() -> int:
-    """Bytes that can be allocated without swapping."""
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free_ram()
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated there without swapping."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_ram()
 
 
 def free_ram() -> int:

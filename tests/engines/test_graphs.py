@@ -122,8 +122,8 @@ def test_a_captured_decode_draws_what_the_engine_draws(
     with torch.inference_mode():
         rollout = Rollout(engine, nodes, sampling, keys)  # type: ignore[arg-type]
         engine.arena.reserve(bucket(3) or 0, span_of(64))
-        rollout.n = 3
-        rollout._replace([0, 1, 2])  # reads the prompts and draws each row's first token
+        rollout._admit([])  # reads the prompts and draws each row's first token
+        assert rollout.slot.tolist() == [0, 1, 2]
         capture, made = Recorded(), [rollout.token[:3].clone()]
         logprobs = [rollout.log[0][2].clone()]
         graphs: dict[int, Graphs] = {}
@@ -135,7 +135,7 @@ def test_a_captured_decode_draws_what_the_engine_draws(
                 "token": rollout.token[:3],
                 "position": torch.from_numpy(rollout.position[:3]),
                 "length": torch.from_numpy(rollout.length[:3]),
-                "noise": torch.from_numpy(rollout.noise[:3]),
+                "noise": torch.from_numpy(rollout.noise[rollout.live]),
             }
             token, logprob = graphs[span](0, inputs, most=engine.arena.rows, blank={"length": no_keys})
             rollout.token[:3] = token
@@ -143,7 +143,7 @@ def test_a_captured_decode_draws_what_the_engine_draws(
             logprobs.append(logprob.clone())
             rollout.length += 1
             rollout.position += 1
-    order = rollout.request.tolist()
+    order = rollout.live.tolist()
     got = torch.stack(made, 1).tolist()
     assert [got[order.index(i)] for i in range(3)] == [list(t.completion) for t in want]
     for i, t in enumerate(want):

@@ -73,6 +73,11 @@ Guard = Callable[[State, Mapping[str, Any]], str | None]
 """(state, the step's metrics) -> a reason to stop, or None."""
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held at once: of the device a policy lives on, or of this process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else rss_bytes()
+
+
 def rss_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -141,10 +146,12 @@ def fit(
         for work in method.batches(state.step):
             begin = time.perf_counter()
             row = one_step(policy, method, optimiser, settings, schedule, micro_tokens, state, work, shape)
+            if policy.device.type == "cuda":
+                torch.cuda.synchronize(policy.device)  # the optimiser is still at work
             append_json(folder.metrics, row)
             took = time.perf_counter() - begin
             state.ledger.measure("train", took)
-            state.ledger.saw_memory(rss_bytes())
+            state.ledger.saw_memory(peak_bytes(policy.device))
             timing = {"step": state.step, "seconds": round(took, 5), "train_tokens_per_s": round(row["stream_tokens"] / took, 1),
                       "rss_bytes": rss_bytes()}  # fmt: skip
             append_json(folder.timing, timing)
@@ -181,14 +188,12 @@ def one_step(
     method.prepare(policy, work)
     policy.train()
     optimiser.zero()
-    loss, labels, tokens, useful, executed = 0.0, 0, 0, 0, 0
+    labels, tokens, useful, executed = 0, 0, 0, 0
+    losses: list[torch.Tensor] = []  # read once, after the last micro-batch: each read would make a GPU wait
     for micro in work.batch.split(micro_tokens):
         objective, couple = method.objective(work, micro)
         out = policy(micro, objective, couple=couple)
-        value = float(out.loss.detach())
-        loss += value
-        if not math.isfinite(value):
-            break
+        losses.append(out.loss.detach())
         out.loss.backward()
         layout = micro.stream.layout
         labels += len(micro.view.index)
@@ -196,7 +201,8 @@ def one_step(
         executed += out.executed_flops(True)
         useful += train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
         del out
-    norm = optimiser.gradient_norm() if math.isfinite(loss) else torch.tensor(math.nan)
+    loss: float = sum(torch.stack(losses).tolist())
+    norm = optimiser.gradient_norm()
     rate = settings.learning_rate * schedule(state.step, method.total_steps)
     finite = math.isfinite(loss) and bool(torch.isfinite(norm))
     state.step += 1

@@ -156,12 +156,12 @@ class StaticDecode(Decode):
 
     def begin_static(self, length: Tensor, span: int) -> None:
         """length [n] on the device: keys each slot holds before this token, below `span` everywhere."""
-        self.n, self.span, self.shared = len(length), span, ()
+        self.n, self.span, self.shared, self.furthest = len(length), span, (), span - 1
         self.flops_of = np.zeros(self.n, np.int64)
         self._shortest = 0
         self._length = length
         self._rows = torch.arange(self.n, device=self.device)
-        self._seen, self._bias = {}, {}
+        self._seen, self._bias, self._places = {}, {}, {}
 
 
 def span_of(longest: int) -> int:
@@ -175,20 +175,25 @@ def span_of(longest: int) -> int:
 def decode_step(engine: LocalEngine, sampling: Sampling, span: int) -> Step:
     """Body, head and draw of one token a row as a `Step`: (token, position, length, noise) -> (token, log-prob).
 
-    Inputs are as `Rollout` keeps them: the token in hand, where it stands, the keys its slot holds, its noise. The arena
-    must have slots of at least `span` keys, and rows for a whole bucket. Capture it under a key that names the arena's
-    tensors: they move when it grows.
+    Inputs are as `Rollout` keeps them, for rows of one sample each that share no node: the token in hand, where it
+    stands, the keys its slot holds, the sample's noise. The arena
+    must have slots of at least `span` keys, and rows for a whole bucket. One step serves one arena at one size and one
+    version of the weights: both are other tensors afterwards, so make another and `forget` this one's graphs.
     """
-    policy = engine.policy
+    policy, weights = engine.policy, engine.weights
     plan = StaticDecode(engine.arena, policy.device)
-    weight, bias = policy.head_weight(), policy.head_bias()
+    lean = weights.lean
+    tables: list[Any] = []  # kept alive: a graph reads the ones it was captured with, also when longer ones are made
+    for rotation in lean.rotations if lean is not None else ():
+        rotation.at(torch.zeros(1, dtype=torch.int64, device=policy.device), span - 1)
+        tables += [rotation.cos, rotation.sin]
 
     def step(token: Tensor, position: Tensor, length: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         plan.begin_static(length, span)
-        hidden = engine.body(token, position, plan)
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        return draw(logits, sampling, noise, position + 1, policy.logit_map)
+        hidden = weights.body(token, position, plan)
+        return draw(weights.head(hidden), sampling, noise, position + 1, policy.logit_map)
 
+    step.tables = tables  # type: ignore[attr-defined]
     return step
 
 
