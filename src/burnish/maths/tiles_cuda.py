@@ -1,13 +1,13 @@
 """The elementwise pass over a tile of logits on CUDA: one Triton kernel, a program a row.
 
-    y = map(z),  top = max y,  mass = sum exp(y - top),  z <- exp(y - top) (times d y / d z where that varies)
+    y = softcap(scale z) / temperature,  top = max y,  mass = sum exp(y - top),  z <- exp(y - top) (dy/dz where it varies)
 
 A row is read once for `top` and `mass` together (each lane keeps a running maximum and the sum relative to it, and the
-lanes are reduced at the end) and once more to be overwritten: 2 reads and 1 write of z, where separate operations take
-about 10. Everything between load and store is float32.
+lanes are reduced at the end) and once more to be overwritten: 2 reads and 1 write of z, where torch's own operations
+take about 10. Everything between load and store is float32.
 
-Not yet run on a GPU: the kernel is tested under Triton's interpreter where Triton is installed. Where it is not, the
-same by torch's own operations. Imported by whoever holds a CUDA tensor, and by nobody else.
+Not yet run on a GPU: the kernel is tested under Triton's interpreter, and compiles for sm_90. Imported by whoever holds
+a CUDA tensor, and by nobody else.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownParameterType=false, reportMissingParameterType=false
@@ -17,13 +17,12 @@ same by torch's own operations. Imported by whoever holds a CUDA tensor, and by 
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from burnish.maths.head import LogitMap
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -36,54 +35,69 @@ except ImportError:  # a CPU build
     tl: Any = None
 
 BLOCK = 8192  # numbers of a row in registers at once, over 16 warps: 16 a thread
-EAGER = 2**26  # numbers of a tile at once where Triton is missing
 
 
-def overwrite_exp(z: Float[Tensor, "n v"], logit_map: LogitMap, keep: bool) -> tuple[Tensor, Tensor]:
-    """(top [n, 1], mass [n, 1]) in float32; with `keep` z holds exp(map(z) - top), times the map's slope where it varies.
-
-    z in bfloat16 or float32, its rows contiguous. Without `keep` what z holds afterwards is of no use.
-    """
+def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None where the kernel serves logits of this dtype on this device and agrees with torch there, else the reason."""
     if triton is None:
-        return _eager(z, logit_map, keep)
+        return "Triton is not installed"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the kernel takes float32 or bfloat16, not {dtype}"
+    return _disagreement(dtype, str(device))
+
+
+def overwrite_exp(
+    z: Float[Tensor, "n v"], scale: float, softcap: float | None, temperature: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """(top [n, 1], mass [n, 1]) in float32; with `keep` z holds exp(y - top), times dy/dz where that varies.
+
+    z in bfloat16 or float32, the numbers of a row side by side. Without `keep` z is left as it was.
+    """
     top = torch.empty(len(z), 1, dtype=torch.float32, device=z.device)
     mass = torch.empty_like(top)
     if len(z):
-        cap = logit_map.softcap
         with torch.cuda.device_of(z):
             _row[(len(z),)](
                 z,
                 top,
                 mass,
                 z.stride(0),
-                logit_map.scale if cap is None else logit_map.scale / cap,
-                (1.0 if cap is None else cap) / logit_map.temperature,
-                logit_map.scale / logit_map.temperature,
+                scale if softcap is None else scale / softcap,
+                (1.0 if softcap is None else softcap) / temperature,
+                scale / temperature,
                 VOCABULARY=z.shape[1],
                 KEEP=keep,
-                CAPPED=cap is not None,
+                CAPPED=softcap is not None,
                 BLOCK=min(BLOCK, triton.next_power_of_2(z.shape[1])),
                 num_warps=16,
             )
     return top, mass
 
 
-def _eager(z: Tensor, logit_map: LogitMap, keep: bool) -> tuple[Tensor, Tensor]:
-    top = torch.empty(len(z), 1, dtype=torch.float32, device=z.device)
-    mass = torch.empty_like(top)
-    lines = max(1, EAGER // max(1, z.shape[1]))
-    for start in range(0, len(z), lines):
-        here = slice(start, start + lines)
-        block = z[here]
-        top[here] = logit_map(block.amax(1, keepdim=True).float())
-        y = logit_map.overwrite(block.float())  # float32 is mapped in place
-        slope = logit_map.slope(y) if keep else 1.0
-        mass[here] = y.sub_(top[here]).exp_().sum(1, keepdim=True)
-        if isinstance(slope, Tensor):
-            y.mul_(slope)
-        if keep and y is not block:
-            block.copy_(y)
-    return top, mass
+@cache
+def _disagreement(dtype: torch.dtype, device: str) -> str | None:
+    """Asked once: a Triton that cannot compile here, or compiles something else, costs speed and not correctness."""
+    generator = torch.Generator().manual_seed(0)
+    given = (4 * torch.randn(5, 3 * BLOCK // 2, generator=generator)).to(dtype)
+    for cap in (None, 3.0):
+        z = given.to(device)
+        x = 0.5 * z.float()
+        y = (x if cap is None else cap * torch.tanh(x / cap)) / 0.7
+        try:
+            top, mass = overwrite_exp(z, 0.5, cap, 0.7, True)
+        except Exception as error:  # of the compiler, the driver or the launch: each has its own
+            return f"the kernel does not run: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        want = y.amax(1, True)
+        e = (y - want).exp()
+        kept = e if cap is None else e * (1 - (y * 0.7 / cap) ** 2) * (0.5 / 0.7)
+        limit = torch.finfo(dtype).eps + 1e-5
+        if not (
+            torch.allclose(top, want, atol=1e-5)
+            and torch.allclose(mass, e.sum(1, True), rtol=1e-4)
+            and torch.allclose(z.float(), kept, rtol=limit, atol=1e-5)
+        ):
+            return "the kernel disagrees with torch"
+    return None
 
 
 if triton is not None:

@@ -161,7 +161,8 @@ class StaticDecode(Decode):
         self._shortest = 0
         self._length = length
         self._rows = torch.arange(self.n, device=self.device)
-        self._seen, self._bias, self._places = {}, {}, {}
+        self._seen, self._bias, self._places, self._pairs = {}, {}, {}, {}
+        self._held = np.full(self.n, span - 1)  # FLOPs are counted once, at the capture, for the longest rows it serves
 
 
 def span_of(longest: int) -> int:
