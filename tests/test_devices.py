@@ -166,6 +166,7 @@ def test_verbs_and_recipes_take_a_device(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert invoke(["eval", "spark", "--task", "sums", "--rows", "2", "--device", "cuda"]) == 4
     assert invoke(["chat", "spark", "-p", "1+1", "--device", "cuda"]) == 4
+    assert invoke(["solve", "spark", "1+1", "--device", "cuda"]) == 4
     words = ["run", "first_steps/quickstart", "--set", "device=cuda", "--runs", str(tmp_path)]
     assert invoke(words) == 4
     assert "cuda is not there" in capsys.readouterr().err
