@@ -28,7 +28,7 @@ from burnish.models.export import export, model_card, weights_sha256
 from burnish.models.load import load_policy
 from burnish.models.policy import Policy
 from burnish.train.log import Progressing
-from burnish.train.loop import State, fit, rss_bytes
+from burnish.train.loop import State, fit, peak_bytes
 
 PRICE = "BURNISH_PRICE_PER_HOUR"
 
@@ -156,7 +156,12 @@ class _Work:
 
     def _load(self, source: str | Path) -> Policy:
         known = self.decisions.get("dtype", {}).get("value")
-        policy = load_policy(source, dtype=known or self.recipe.dtype)
+        placed = self.recipe.device  # one that was named is meant; `auto` stays where the run began
+        if placed == "auto":
+            placed = self.decisions.get("device", {}).get("value", placed)
+        policy = load_policy(source, dtype=known or self.recipe.dtype, device=placed)
+        if self.recipe.device != "auto" or "device" not in self.decisions:
+            self.decisions["device"] = policy.decisions["device"]
         if "dtype" not in self.decisions:
             chosen = {"value": self.recipe.dtype, "why": "the recipe says so", "measured": {}}
             self.decisions["dtype"] = policy.decisions.get("dtype", chosen)
@@ -305,7 +310,7 @@ class _Work:
             result = read_json(path)
             ledger.spend(Spend(**result["spend"]))
             ledger.measure("evaluate", result["seconds"])
-        ledger.saw_memory(rss_bytes())
+        ledger.saw_memory(peak_bytes(policy.device))
         if PRICE in os.environ:
             ledger.money = sum(ledger.seconds.values()) / 3600 * float(os.environ[PRICE])
         write_json(folder.ledger, ledger.to_json())

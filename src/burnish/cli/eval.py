@@ -25,6 +25,7 @@ def eval(  # the verb's name
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of questions and samples.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     engine: Annotated[str | None, typer.Option(metavar="URL", help="Sample from an OpenAI-compatible server, such as http://localhost:8000.")] = None,
     api: Annotated[str, typer.Option(help="Of --engine: auto, vllm, completions, or chat (the server renders prompts).")] = "auto",
     tokenizer: Annotated[str | None, typer.Option(help="Of --engine: a folder or hub id, where the model's name is none.")] = None,
@@ -43,7 +44,7 @@ def eval(  # the verb's name
     if task and rows is None:
         judged["rows"] = 200
     recipe = resolve(
-        Document("burnish eval", data={"burnish": 1, "name": "eval", "model": model, "seed": seed, "dtype": dtype, "evals": {"eval": judged}})
+        Document("burnish eval", data={"burnish": 1, "name": "eval", "model": model, "seed": seed, "dtype": dtype, "device": device, "evals": {"eval": judged}})
     ).recipe
     progress = Progressing(wants_json())
     if engine is None:
@@ -54,6 +55,8 @@ def eval(  # the verb's name
     else:
         if dtype != "auto":
             raise ConfigError("the server has loaded the model in a dtype of its own", where="--dtype", remedy="leave it out")
+        if device != "auto":
+            raise ConfigError("the server has its own device", where="--device", remedy="leave it out")
         if api not in get_args(Api):
             raise ConfigError(f"{api!r} given, wanted one of {', '.join(get_args(Api))}", where="--api")
         options = {"api": api, "tokenizer": tokenizer, "version": weights_version, "in_flight": in_flight}
@@ -74,7 +77,7 @@ def _local(recipe: Recipe, progress: Progressing) -> dict[str, Any]:
     from burnish.build import judges
     from burnish.models.load import load_policy
 
-    policy = load_policy(recipe.model, dtype=recipe.dtype)
+    policy = load_policy(recipe.model, dtype=recipe.dtype, device=recipe.device)
     (judge,) = judges(recipe, policy, [])
     progress.begin(f"eval {judge.task.name}", judge.size)
     result = judge(policy, "eval", progress.advance, lambda: None)

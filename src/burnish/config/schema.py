@@ -257,6 +257,7 @@ class Recipe(Section):
     model: str = Field(min_length=1, description="a bundled model, a local folder or a hub id", examples=["spark"])
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number, 0 or more", examples=[0])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto, float32 or bfloat16")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
     budget: Budget = Field(default=Budget(), description="a mapping of seconds, tokens, flops, money")
     evals: dict[Name, Eval] = Field(default={}, description="a mapping from a name to an eval")
     stages: tuple[Stage, ...] = Field(default=(), description="a list of stages")

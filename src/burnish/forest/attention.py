@@ -22,6 +22,8 @@ given as a keyword argument of the body,
 the plan for training and scoring, `Dense` the same function written as one masked block, its oracle. The engine's plans
 are built from `attend_block` and `merge`.
 
+On CUDA in half precision a few variable-length calls take the place of the blocks (`cuda`).
+
 FLOPs. A plan counts the matrix products it launches: 2 H (D + Dv) a (query, key) pair forward, and 2 H (3 D + 2 Dv)
 backward (scores again, dV, dP, dQ, dK: 2.5 times the forward where D = Dv). A block of m rows and n keys has m n pairs;
 a causal block has n(n+1)/2 on the stock kernel, which skips hidden tiles, and on the three-product path the sum over
@@ -45,6 +47,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from burnish.core.errors import ConfigError
+from burnish.forest import cuda
 from burnish.forest.blocks import Band, Kernel, attend_block, kernel_for, merge, wide_dtype
 from burnish.forest.stream import Layout
 
@@ -140,7 +143,7 @@ class Forest:
         self.layout = layout
         self.flops = 0
         self.flops_backward = 0
-        self._programs: dict[tuple[int | None, torch.device], _Program] = {}
+        self._programs: dict[tuple[int | None, torch.device, bool], _Program | cuda.Program] = {}
 
     def __call__(
         self,
@@ -155,12 +158,13 @@ class Forest:
     ) -> Tensor:
         """q [1,H,T,D], k [1,Hk,T,D], v [1,Hk,T,Dv], sinks [H] -> out [1,H,T,Dv], laid out token by token."""
         _check(self.layout, layer, q, k, window)
-        return _ForestAttention.apply(q, k, v, sinks, self, self._program(window, q.device), scale, softcap)
+        program = self._program(window, q.device, cuda.applies(q, v, softcap))
+        return _ForestAttention.apply(q, k, v, sinks, self, program, scale, softcap)
 
-    def _program(self, window: int | None, device: torch.device) -> _Program:
-        key = window, device
+    def _program(self, window: int | None, device: torch.device, varlen: bool) -> _Program | cuda.Program:
+        key = window, device, varlen
         if key not in self._programs:
-            self._programs[key] = _lay_out(self.layout, window, device)
+            self._programs[key] = (cuda.lay_out if varlen else _lay_out)(self.layout, window, device)
         return self._programs[key]
 
 
@@ -304,8 +308,12 @@ class _ForestAttention(torch.autograd.Function):
         q, k, v, sinks, plan, program, scale, softcap = given
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the stock kernel reads rows whole
         kernel, heads = kernel_for(q, v, softcap), q.shape[1]
-        plan.flops += 2 * heads * program.pairs(heads, kernel.causal_pairs) * (q.shape[-1] + v.shape[-1])
-        if program.is_one_block:
+        varlen = isinstance(program, cuda.Program)
+        pairs = program.pairs if varlen else program.pairs(heads, kernel.causal_pairs)
+        plan.flops += 2 * heads * pairs * (q.shape[-1] + v.shape[-1])
+        if varlen:
+            out, lse = cuda.forward(program, q, k, v, scale)
+        elif program.is_one_block:
             out, lse = kernel.forward(q, k, v, "causal", scale, softcap)
         else:
             out, lse = _blocks_forward(kernel, q, k, v, program, scale, softcap)
@@ -322,11 +330,14 @@ class _ForestAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, sinks, out, lse = ctx.saved_tensors
         kernel, plan, program, scale, softcap = ctx.rest
-        pairs = program.pairs(q.shape[1], kernel.causal_pairs_backward or kernel.causal_pairs)
+        varlen = isinstance(program, cuda.Program)
+        pairs = program.pairs if varlen else program.pairs(q.shape[1], kernel.causal_pairs_backward or kernel.causal_pairs)
         plan.flops_backward += 2 * q.shape[1] * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        if program.is_one_block:
+        if varlen:
+            dq, dk, dv = cuda.backward(program, dout, q, k, v, out, lse, scale)
+        elif program.is_one_block:
             dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, "causal", scale, softcap)
         else:
             dq, dk, dv = _blocks_backward(kernel, dout, q, k, v, out, lse, program, scale, softcap)

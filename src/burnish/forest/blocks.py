@@ -72,7 +72,7 @@ def attend_block(
     "causal" needs m = n.
     """
     # under a free mask the stock kernel gives a row without keys lse = 0, as if it had seen something
-    kernel = _PRODUCTS if isinstance(mask, Tensor) else kernel_for(q, v, softcap)
+    kernel = PRODUCTS if isinstance(mask, Tensor) else kernel_for(q, v, softcap)
     with torch.no_grad():
         out, lse = kernel.forward(q, k, v, mask, scale, softcap)
         return out.to(lse.dtype), lse
@@ -111,10 +111,14 @@ class Kernel:
 
 
 def kernel_for(q: Tensor, v: Tensor, softcap: float | None) -> Kernel:
-    """The stock kernel where it can: on a CPU, without softcap, with one width for keys and values."""
+    """The stock kernel where it can: without softcap, with one width for keys and values; on CUDA in half precision."""
+    if q.device.type == "cuda":
+        from burnish.forest import cuda  # it is built from this module
+
+        return cuda.BLOCKS if cuda.applies(q, v, softcap) else PRODUCTS
     if softcap is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and _stock_works(q.dtype):
         return _half_kernel(q.shape[-1]) if q.dtype == torch.bfloat16 and _half_products_are_fast() else _STOCK
-    return _PRODUCTS
+    return PRODUCTS
 
 
 def _stock_forward(
@@ -386,10 +390,10 @@ def _half_kernel(width: int) -> Kernel:
         return chosen(dout, q, k, v, out, lse, mask, scale, softcap)
 
     def pairs(rows: int, heads: int) -> int:
-        return (_PRODUCTS if products(rows, rows, heads, True) else _STOCK).causal_pairs(rows, heads)
+        return (PRODUCTS if products(rows, rows, heads, True) else _STOCK).causal_pairs(rows, heads)
 
     return Kernel(_stock_forward, backward, _STOCK.causal_pairs, pairs)
 
 
 _STOCK = Kernel(_stock_forward, _stock_backward, lambda rows, heads: rows * (rows + 1) // 2)
-_PRODUCTS = Kernel(_product_forward, _product_backward, _causal_pairs)
+PRODUCTS = Kernel(_product_forward, _product_backward, _causal_pairs)

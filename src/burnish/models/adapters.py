@@ -52,14 +52,14 @@ ADAPTERS = Table("adapter", {"lora": lora}, about={"lora": About(taxonomy=("E13"
 
 def probe_logits(model: Any, vocabulary: int) -> torch.Tensor:
     """Logits [8, V] of a fixed short prompt, in fp32."""
-    ids = (torch.arange(8)[None] * 7 + 3) % vocabulary
+    ids = (torch.arange(8, device=next(model.parameters()).device)[None] * 7 + 3) % vocabulary
     with torch.no_grad():
         if hasattr(model, "config") and getattr(model.config, "_attn_implementation", "") == "burnish_forest":
             from burnish.forest.attention import Forest
             from burnish.forest.stream import Layout
 
             plan = Forest(Layout((8,), (-1,)))
-            return model(input_ids=ids, position_ids=torch.arange(8)[None], plan=plan, use_cache=False).logits[0].float()
+            return model(input_ids=ids, position_ids=torch.arange(8, device=ids.device)[None], plan=plan, use_cache=False).logits[0].float()
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 

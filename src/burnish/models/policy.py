@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import MachineError
 from burnish.core.records import ModelShape
+from burnish.forest import cuda
 from burnish.forest.attention import NAME, Forest, register
 from burnish.forest.pack import Micro
 from burnish.forest.padded import padded_outputs, padded_positions
@@ -79,6 +80,9 @@ class Policy(nn.Module):
             if self.why_not_shared is None:
                 base.set_attn_implementation(register())
                 how = "forest attention agrees with separate rows"
+                if self.device.type == "cuda":
+                    slow = cuda.why_not(self.dtype, self.shape.key_width, self.device.index)
+                    how += ", by variable-length flash calls" if slow is None else f", by three products: {slow}"
             else:
                 how = f"rows are padded and prefixes are not shared: {self.why_not_shared}"
             self.decisions["attention"] = {"value": "forest" if self.why_not_shared is None else "padded", "why": how, "measured": {}}

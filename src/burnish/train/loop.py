@@ -77,6 +77,11 @@ Guard = Callable[[State, Mapping[str, Any]], str | None]
 """(state, the step's metrics) -> a reason to stop, or None."""
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held at once: of the device a policy lives on, or of this process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else rss_bytes()
+
+
 def fit(
     policy: Policy,
     method: Method,
@@ -140,10 +145,12 @@ def fit(
         for work in method.batches(state.step):
             begin = time.perf_counter()
             row = one_step(policy, method, optimiser, settings, schedule, memory, state, work, shape, say)
+            if policy.device.type == "cuda":
+                torch.cuda.synchronize(policy.device)  # the optimiser is still at work
             append_json(folder.metrics, row)
             took = time.perf_counter() - begin
             state.ledger.measure("train", took)
-            state.ledger.saw_memory(rss_bytes())
+            state.ledger.saw_memory(peak_bytes(policy.device))
             timing = {"step": state.step, "seconds": round(took, 5), "train_tokens_per_s": round(row["stream_tokens"] / took, 1),
                       "rss_bytes": rss_bytes()}  # fmt: skip
             append_json(folder.timing, timing)

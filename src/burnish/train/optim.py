@@ -123,7 +123,7 @@ class Optimiser:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master/{name}"])
-                state = {k: tensors[f"{k}/{name}"].clone() for k in ("exp_avg", "exp_avg_sq", "step") if f"{k}/{name}" in tensors}
+                state = {k: tensors[f"{k}/{name}"].to(master.device, copy=True) for k in ("exp_avg", "exp_avg_sq", "step") if f"{k}/{name}" in tensors}
                 if state:
                     self.optim.state[master] = state
         self.refresh()
