@@ -7,6 +7,7 @@ nothing; what kernels use inside themselves (a few MB) it does not see.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from burnish.maths.head import Objective, row_limit
 from burnish.models.policy import Policy
 
 TOKENS = (64, 192)  # of the micro-batches measured: the line through them was 0.1 % off at 4,096 (spark, fp32)
+FAR = 1 << 31  # more rows than any head has at once
 FEWEST_HEAD_ROWS = 64
 HEAD_ROWS = 4096  # the most rows the head is measured with; fewer where the vocabulary is large:
 HEAD_LOGITS = 2**23  # four of the tiles it works by, beyond which its memory is a line
@@ -111,7 +113,8 @@ class Activations:
     embedding(T)        while the embedding takes its gradient
 
     Each is a line of its own: a large vocabulary's gradient hides the layers behind it in small micro-batches.
-    one, several        the head with all rows in one chunk, and with more than `chunk_rows`; forward and after
+    one, several        the head with all rows in one chunk, which up to `one_rows` are, and with chunks of `chunk_rows`
+                        at most; forward and after
     """
 
     body: Line
@@ -120,11 +123,12 @@ class Activations:
     embedding: Line
     one: tuple[Head, Head]
     several: tuple[Head, Head]
+    one_rows: int
     chunk_rows: int
 
     def head(self, rows: int) -> float:
         """What the head needs for itself."""
-        planes = self.one if rows <= self.chunk_rows else self.several
+        planes = self.one if rows <= self.one_rows else self.several
         return max(plane.at(min(rows, self.chunk_rows), rows) for plane in planes)
 
     def peak(self, tokens: int, rows: int) -> int:
@@ -171,7 +175,10 @@ def measure(policy: Policy, trees: Sequence[Tree], run: Run) -> Activations:
     whole = [_phases(policy, like(trees, t, 1), run, None) for t in TOKENS]
     body, kept, _, _, layers, embedding = zip(*whole)
     weight = policy.head_weight()
-    limit, vocabulary = row_limit(2**31, weight, None, weight_trained=weight.requires_grad), len(weight)
+    vocabulary = len(weight)
+    limit = row_limit(FAR, weight, None, weight_trained=weight.requires_grad)
+    # where one chunk is smaller than what several would sum into, more rows than the limit are one
+    one_rows = limit + bisect_left(range(limit + 1, FAR), True, key=lambda n: row_limit(n, weight, None, weight_trained=weight.requires_grad) < n)
     del weight
     n = max(4, min(HEAD_ROWS, limit, max(FEWEST_HEAD_ROWS, HEAD_LOGITS // vocabulary)) // 4 * 4)
     with _without_body(policy):
@@ -186,7 +193,7 @@ def measure(policy: Policy, trees: Sequence[Tree], run: Run) -> Activations:
         several.append(Head(c[i] - chunk * (n // 2) - row * n, chunk, row))
     return Activations(
         body=Line.through(TOKENS, body), kept=Line.through(TOKENS, kept), layers=Line.through(TOKENS, layers),
-        embedding=Line.through(TOKENS, embedding), one=(one[0], one[1]), several=(several[0], several[1]), chunk_rows=limit,
+        embedding=Line.through(TOKENS, embedding), one=(one[0], one[1]), several=(several[0], several[1]), one_rows=one_rows, chunk_rows=limit,
     )  # fmt: skip
 
 
