@@ -174,13 +174,13 @@ def _torch() -> Iterator[Check]:
     import torch
 
     from burnish.build import cpu_name, gflops
-    from burnish.models.load import choose_dtype
+    from burnish.models.load import choose_device, choose_dtype
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     yield Check("torch build", "ok", f"{build}; {threads} threads on {cores} cores, {cpu_name()}")
     speed = {name: gflops(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-    chosen = choose_dtype(512, 2048)
+    chosen = choose_dtype(512, 2048, torch.device(choose_device()["value"]))
     rates = ", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in speed.items())
     yield Check("speed", "ok", f"{rates} now; dtype auto means {chosen['value']}: {chosen['why']}")
     yield from _devices(torch)
