@@ -186,6 +186,7 @@ def sft(name: str, adapter: bool, tokens: int) -> Callable[[Setting], Iterator[L
         from burnish.methods.supervised import Supervised
         from burnish.models.adapters import lora
         from burnish.train.loop import State, one_step
+        from burnish.train.memory import Memory
         from burnish.train.optim import Optimiser
         from burnish.train.schedules import constant
 
@@ -198,12 +199,13 @@ def sft(name: str, adapter: bool, tokens: int) -> Callable[[Setting], Iterator[L
         optimiser, state = Optimiser(policy, learning_rate=1e-5), State()
         budget, longest = (400, 64) if setting.dry else (tokens, 4096)
         micro_tokens = min(budget, _micro_tokens(setting, policy, moments=optimiser))
+        memory = Memory.fixed(micro_tokens)
         batches = [method.work(random_rows(setting, budget, longest, policy.shape.vocabulary, seed)) for seed in range(3)]
         taken = iter(range(100))
 
         def step() -> None:
             work = batches[next(taken) % len(batches)]
-            row = one_step(policy, method, optimiser, settings, constant, micro_tokens, state, work, policy.shape)  # type: ignore[arg-type]
+            row = one_step(policy, method, optimiser, settings, constant, memory, state, work, policy.shape)  # type: ignore[arg-type]
             assert row["loss"] is not None, "the loss is not finite"
 
         step()

@@ -18,6 +18,7 @@ from burnish.maths.logprobs import weighted_nll
 from burnish.models.load import choose_device
 from burnish.models.policy import Policy
 from burnish.train.loop import State, one_step
+from burnish.train.memory import Memory
 from burnish.train.optim import Optimiser
 from tests.engines.policies import Letters, policy, prompts
 from tests.forest.tiny import tiny
@@ -126,7 +127,7 @@ def test_a_step_reads_the_device_once_for_all_its_losses_and_once_for_the_norm()
             (work,) = stage.batches(0)
             shape = p.shape
             mode.reads.clear()
-            row = one_step(p, stage, optimiser, SETTINGS, lambda step, total: 1.0, micro_tokens, state, work, shape)
+            row = one_step(p, stage, optimiser, SETTINGS, lambda step, total: 1.0, Memory.fixed(micro_tokens), state, work, shape)
             optimiser.close()
             assert row["loss"] is not None and len(work.batch.split(micro_tokens)) == (1 if micro_tokens == 1000 else 3)
             counts.append(mode.reads.total())

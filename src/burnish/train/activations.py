@@ -241,7 +241,7 @@ def _phases(policy: Policy, micro: Micro, run: Run, chunk: int | None) -> tuple[
 
     hook = policy.base.get_input_embeddings().register_forward_hook(lambda module, given, out: begins("layers", out))
     try:
-        with watch, _after(policy, "hidden", lambda out: (note(), begins("head", out))):
+        with watch, _after(policy, "_run", lambda out: (note(), begins("head", out[0]))):
             run(micro, lambda logprobs, _: -logprobs.mean(), chunk, note)
     finally:
         hook.remove()
