@@ -96,8 +96,8 @@ def test_training_learns_and_micro_batches_cannot_change_it(tmp_path: Path) -> N
 def test_what_a_router_adds_is_logged_beside_the_loss_it_is_part_of(tmp_path: Path) -> None:
     words = SimpleNamespace(eos_token_id=2)
     on = Policy(tiny("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), words)
-    train(tmp_path / "00-on", 2, on=on, micro_tokens=20)
-    train(tmp_path / "00-off", 2, on=Policy(tiny("mixtral"), words), micro_tokens=20)
+    train(tmp_path / "00-on", 2, on=on, memory=Memory.fixed(20))
+    train(tmp_path / "00-off", 2, on=Policy(tiny("mixtral"), words), memory=Memory.fixed(20))
     with_term, without = (list(read_jsonl(tmp_path / f / "metrics.jsonl")) for f in ("00-on", "00-off"))
     assert all("router_loss" not in row for row in without)
     first = with_term[0]
