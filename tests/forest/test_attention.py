@@ -492,3 +492,17 @@ def test_neighbours_of_one_length_without_descendants_are_one_batch():
     compare(layout, None, 1.5, sinks=True, kv=1)
     compare(Layout((6, 6, 6), (-1, -1, -1)), None, None)  # roots alone
     compare(Layout((6, 6, 6), (-1, 0, 1)), None, None)  # a chain is no batch: each sees the one before it
+
+
+def test_few_rows_of_half_precision_are_not_worth_wide_keys_and_many_are_summed_wide():
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 90, 32, generator=g).bfloat16() for _ in range(2))
+    errors = []
+    for rows in (blocks._FEW_ROWS // 2 - 1, blocks._FEW_ROWS // 2):  # two query heads on each key-value head
+        q = (torch.randn(1, 4, rows, 32, generator=g) * 8).bfloat16()
+        seen = torch.ones(rows, 90, dtype=torch.bool)
+        lse = attend_block(q, k, v, seen, SCALE)[1]
+        want = attend_block(q.double(), k.double(), v.double(), seen, SCALE)[1]
+        errors.append(float((lse - want).abs().max()))
+    assert errors[0] > 1e-3 and errors[0] < 0.2  # scores near 40, rounded to a step of 0.25 / 2
+    assert errors[1] < 1e-4

@@ -183,3 +183,15 @@ def test_under_checkpointing_the_router_learns_or_it_is_said() -> None:
         else:
             policy(micro, zeros).loss.backward()
             assert_gradients(gradients(policy.model), gradients(want.model))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next"])  # packed, padded
+def test_layers_run_again_give_the_router_the_same_gradient(name: str) -> None:
+    (micro,) = Batch(TREES).split(1000)
+    found = []
+    for what in ("off", "layers"):
+        policy = Policy(tiny(name, **ON), WORDS)
+        policy.checkpoint(what)
+        policy(micro, weighted_nll(torch.zeros(len(micro.items)))).loss.backward()
+        found.append(gradients(policy.model))
+    assert_gradients(*found)

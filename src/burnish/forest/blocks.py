@@ -33,6 +33,8 @@ _UPCAST_KEYS = 300
 _HALF_KEYS, _HALF_WORK = 64, 12_000_000
 # Scores the three-product path forms at once: 2 MB stay in cache between the elementwise passes.
 _SCORES = 1 << 19
+# Fewer rows of a key-value head than this are not worth converting its keys for.
+_FEW_ROWS = 32
 # Rows of a causal block formed at once: fewer hide more of the square, more make better products.
 _CAUSAL_ROWS = 128
 
@@ -174,9 +176,10 @@ def _parts(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Part]:
     batch, heads, rows, width = q.shape
     kv, keys = k.shape[1:3]
     a_row = max(keys, width) * heads // kv
-    step = min(rows, _CAUSAL_ROWS if causal else max(64, _SCORES // a_row))
-    heads_at_once = min(kv, max(1, _SCORES // (step * a_row)))
-    batch_at_once = max(1, _SCORES // (step * a_row * kv)) if heads_at_once == kv else 1
+    most = _SCORES if q.device.type == "cpu" else 32 * _SCORES  # elsewhere launches cost more than cache misses
+    step = min(rows, _CAUSAL_ROWS if causal else max(64, most // a_row))
+    heads_at_once = min(kv, max(1, most // (step * a_row)))
+    batch_at_once = max(1, most // (step * a_row * kv)) if heads_at_once == kv else 1
     for b in range(0, batch, batch_at_once):
         for h in range(0, kv, heads_at_once):
             for r in range(0, rows, step):
@@ -210,8 +213,14 @@ def _hidden(part: _Part, device: torch.device) -> Tensor:
 def _scores(
     q: Tensor, k: Tensor, mask: Mask, part: _Part, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Wide q [b, hk, r G, D], k [b, hk, n, D] -> scores [b, hk, r, G, n], -inf where hidden, and the softcap's slope."""
-    s = (q @ k.mT).unflatten(2, (part.rows.stop - part.rows.start, -1)).mul_(scale)
+    """q [b, hk, r G, D], k [b, hk, n, D] -> wide scores [b, hk, r, G, n], -inf where hidden, and the softcap's slope.
+
+    Half-precision products round their result, so q and k are made wide first; for the few rows of a decoding step that
+    would cost several times the product (6x at 64 rows on 512 keys), and there the scores stay rounded.
+    """
+    wide = wide_dtype(q.dtype)
+    s = q @ k.mT if q.shape[2] < _FEW_ROWS else q.to(wide) @ k.to(wide).mT
+    s = s.unflatten(2, (part.rows.stop - part.rows.start, -1)).to(wide).mul_(scale)
     slope = None
     if softcap is not None:
         t = torch.tanh(s / softcap)
@@ -234,9 +243,9 @@ def _product_forward(
     wide, kv = wide_dtype(q.dtype), k.shape[1]
     smallest, tiny = torch.finfo(wide).min, torch.finfo(wide).tiny
     out, lse = _empty(q, v.shape[-1], v.dtype), _empty(q, 1, wide)
-    kw, qs, outs, lses = k.to(wide), _grouped(q, kv), _grouped(out, kv), _grouped(lse, kv)
+    qs, outs, lses = _grouped(q, kv), _grouped(out, kv), _grouped(lse, kv)
     for part in _parts(q, k, mask == "causal"):
-        s, _ = _scores(part.of_rows(qs).to(wide), part.of_keys(kw), mask, part, scale, softcap)
+        s, _ = _scores(part.of_rows(qs), part.of_keys(k), mask, part, scale, softcap)
         s = s.flatten(2, 3)
         top = s.amax(-1, keepdim=True).clamp_min_(smallest)
         p = s.sub_(top).exp_()
@@ -261,11 +270,11 @@ def _product_backward(
     wide, kv = lse.dtype, k.shape[1]
     dq = _empty(q, q.shape[-1], q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-    kw, ls, dqs = k.to(wide), _grouped(lse[..., None], kv), _grouped(dq, kv)
+    ls, dqs = _grouped(lse[..., None], kv), _grouped(dq, kv)
     qs, gs, outs = (_grouped(x, kv) for x in (q, dout, out))
     for part in _parts(q, k, mask == "causal"):
         qx, gx = part.of_rows(qs), part.of_rows(gs)
-        s, slope = _scores(qx.to(wide), part.of_keys(kw), mask, part, scale, softcap)
+        s, slope = _scores(qx, part.of_keys(k), mask, part, scale, softcap)
         p = s.flatten(2, 3).sub_(part.of_rows(ls)).exp_()
         delta = (gx.to(wide) * part.of_rows(outs)).sum(-1, keepdim=True)
         ds = (gx @ part.of_keys(v).mT).to(wide).sub_(delta).mul_(p).mul_(scale)

@@ -136,29 +136,32 @@ class Policy(nn.Module):
                 module.train(mode)
         return self
 
-    def hidden(self, stream: Stream, plan: Any = None) -> Tensor:
-        """[T, H] for a packed stream. Layers are run again in the backward where `checkpointing` says so."""
-        return self._run(stream, plan, router_logits=False)[0]
+    def hidden(self, stream: Stream, plan: Any = None, router_logits: list[Tensor] | None = None) -> Tensor:
+        """[T, H] for a packed stream. Layers are run again in the backward where `checkpointing` says so.
 
-    def _run(self, stream: Stream, plan: Any, router_logits: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """[T, H], and the router logits [T, experts] of each routed layer where they are asked for."""
+        A list given takes the router logits [T, experts] of each routed layer.
+        """
         if self.checkpointing == "off" or not torch.is_grad_enabled():
             run = nullcontext()
         else:
             run = recomputed(layers_of(self.body), keeps_rng=self.training and self.adapted)
+        routed = router_logits is not None
         with run:
             if self.why_not_shared is not None:
-                return padded_outputs(self.body, stream, router_logits=router_logits)
-            asked = {"output_router_logits": True} if router_logits else {}
-            out = self.body(
-                input_ids=stream.tokens[None].to(self.device),
-                position_ids=stream.layout.position[None].to(self.device),
-                plan=plan if plan is not None else Forest(stream.layout),
-                use_cache=False,
-                **asked,
-            )
-        routed = out.router_logits if router_logits else ()
-        return out.last_hidden_state[0], tuple(x.reshape(-1, x.shape[-1]) for x in routed)
+                hidden, found = padded_outputs(self.body, stream, router_logits=routed)
+            else:
+                asked = {"output_router_logits": True} if routed else {}
+                out = self.body(
+                    input_ids=stream.tokens[None].to(self.device),
+                    position_ids=stream.layout.position[None].to(self.device),
+                    plan=plan if plan is not None else Forest(stream.layout),
+                    use_cache=False,
+                    **asked,
+                )
+                hidden, found = out.last_hidden_state[0], out.router_logits if routed else ()
+        if router_logits is not None:
+            router_logits += [x.reshape(-1, x.shape[-1]) for x in found]
+        return hidden
 
     def checkpoint(self, what: Checkpointing) -> None:
         """What the backward runs again. Raises MachineError where this model's layers do not engage."""
@@ -177,7 +180,8 @@ class Policy(nn.Module):
         Where the model's own loss has a router term (`models/router.py`), it is part of this loss.
         """
         plan = Forest(micro.stream.layout)
-        hidden, router_logits = self._run(micro.stream, plan, router_logits=self.router is not None)
+        router_logits: list[Tensor] = []
+        hidden = self.hidden(micro.stream, plan, *([] if self.router is None else [router_logits]))
         view = micro.view
         options: dict[str, Any] = {} if rows is None else {"rows": rows}
         weight = self.head_weight()

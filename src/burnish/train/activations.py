@@ -215,14 +215,16 @@ def _without_body(policy: Policy) -> Iterator[None]:
     """Hidden rows from nowhere, which take a gradient as the body's would."""
     width, dtype, device = policy.shape.hidden, policy.dtype, policy.device
 
-    def hidden(stream: Any, plan: Any = None) -> Tensor:
+    def hidden(stream: Any, plan: Any = None, router_logits: list[Tensor] | None = None) -> Tensor:
         return (torch.randn(len(stream.tokens), width, device=device).to(dtype) * 0.1).requires_grad_()
 
+    router, policy.router = policy.router, None  # no body, nothing routed
     policy.hidden = hidden
     try:
         yield
     finally:
         del policy.hidden
+        policy.router = router
 
 
 def _phases(policy: Policy, micro: Micro, run: Run, chunk: int | None) -> tuple[int, int, int, int, int, int]:

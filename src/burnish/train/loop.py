@@ -100,7 +100,7 @@ def fit(
     """Train `policy` in place to `method.total_steps` and return the final state.
 
     schedule(step, total) multiplies the learning rate; memory bounds a micro-batch (it cannot change the result beyond
-    rounding: weights are fixed before the split). Raises ConfigError (no step to do), DataError (a batch without
+    rounding, a router's term apart: weights are fixed before the split). Raises ConfigError (no step to do), DataError (a batch without
     labels), DivergedError (too many non-finite steps in a row), MachineError (one row alone does not fit into memory),
     Interrupted (a signal; everything is saved).
     """
