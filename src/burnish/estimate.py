@@ -133,6 +133,7 @@ class _Dry:
         self.load_s = time.perf_counter() - begin
         if policy.device.type != "cpu":
             raise MachineError("estimates are made for the CPU only so far", where="burnish estimate", remedy="type --set device=cpu")
+        self.tokenizer = policy.tokenizer
         self.weights = bytes_of([*policy.model.parameters(), *policy.model.buffers()])
         dtype = policy.dtype
         self.speed = {name: gflops(t) for name, t in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
@@ -172,7 +173,7 @@ class _Dry:
         }  # fmt: skip
 
     def _load(self) -> Policy:
-        return load_policy(self.recipe.model, dtype=self.recipe.dtype)
+        return load_policy(self.recipe.model, dtype=self.recipe.dtype, device=self.recipe.device)
 
     def _rate(self, flops: float, seconds: float) -> dict[str, Any]:
         rate = flops / max(seconds, 1e-9) / 1e9
@@ -305,7 +306,7 @@ class _Dry:
         longer, assumed = 1.0, "" if decoded.known else f"every answer takes max_new_tokens, {most}"
         taught = next((s for s in after.stage.data if s.task is not None and s.task == judge.judged.task), None) if after else None
         if taught is not None:
-            encode = judge.chat.tokenizer.encode
+            encode = self.tokenizer.encode
             texts = [i.rationale if taught.target == "rationale" else i.answer for i in judge.asked[:200]]
             length = 1 + sum(len(encode(t, add_special_tokens=False)) for t in texts) / len(texts)
             longer, assumed = min(most, length) / decoded.length, "answers as long as the rows that were learned"

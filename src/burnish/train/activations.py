@@ -174,12 +174,7 @@ def measure(policy: Policy, trees: Sequence[Tree], run: Run) -> Activations:
     dice = Dice(policy.device)
     whole = [_phases(policy, like(trees, t, 1), run, None) for t in TOKENS]
     body, kept, _, _, layers, embedding = zip(*whole)
-    weight = policy.head_weight()
-    vocabulary = len(weight)
-    limit = row_limit(FAR, weight, None, weight_trained=weight.requires_grad)
-    # where one chunk is smaller than what several would sum into, more rows than the limit are one
-    one_rows = limit + bisect_left(range(limit + 1, FAR), True, key=lambda n: row_limit(n, weight, None, weight_trained=weight.requires_grad) < n)
-    del weight
+    limit, one_rows, vocabulary = _chunks(policy.head_weight())
     n = max(4, min(HEAD_ROWS, limit, max(FEWEST_HEAD_ROWS, HEAD_LOGITS // vocabulary)) // 4 * 4)
     with _without_body(policy):
         a, b = (_head(policy, trees, run, rows, None) for rows in (n, n // 2))
@@ -195,6 +190,16 @@ def measure(policy: Policy, trees: Sequence[Tree], run: Run) -> Activations:
         body=Line.through(TOKENS, body), kept=Line.through(TOKENS, kept), layers=Line.through(TOKENS, layers),
         embedding=Line.through(TOKENS, embedding), one=(one[0], one[1]), several=(several[0], several[1]), one_rows=one_rows, chunk_rows=limit,
     )  # fmt: skip
+
+
+def _chunks(weight: Tensor) -> tuple[int, int, int]:
+    """(rows of a chunk where there are several, the most rows that are one chunk, vocabulary): `row_limit` has the rule."""
+
+    def rows(count: int) -> int:
+        return row_limit(count, weight, None, weight_trained=weight.requires_grad)
+
+    limit = rows(FAR)
+    return limit, limit + bisect_left(range(limit + 1, FAR), True, key=lambda count: rows(count) < count), len(weight)
 
 
 def _head(policy: Policy, trees: Sequence[Tree], run: Run, rows: int, chunk: int | None) -> tuple[int, int]:
@@ -243,7 +248,7 @@ def _phases(policy: Policy, micro: Micro, run: Run, chunk: int | None) -> tuple[
 
     hook = policy.base.get_input_embeddings().register_forward_hook(lambda module, given, out: begins("layers", out))
     try:
-        with watch, _after(policy, "_run", lambda out: (note(), begins("head", out[0]))):
+        with watch, _after(policy, "hidden", lambda out: (note(), begins("head", out))):
             run(micro, lambda logprobs, _: -logprobs.mean(), chunk, note)
     finally:
         hook.remove()
