@@ -181,3 +181,48 @@ void decode_##S(T *qkv, const float *weights, float epsilon, int late, const T *
     free(score); } \
 }
 EACH_TYPE(DECODE)
+
+/* log of a positive normal number, about 1 ulp: x = 2^e m, m in [sqrt 1/2, sqrt 2), a polynomial in m - 1 (Cephes logf) */
+static inline float logarithm(float x) {
+    int32_t b; memcpy(&b, &x, 4);
+    int32_t e = ((b - 0x3f3504f3) >> 23);
+    b -= e << 23; float m; memcpy(&m, &b, 4);
+    float f = m - 1.0f, z = f * f, k = (float)e, y = 7.0376836292e-2f;
+    y = y * f - 1.1514610310e-1f; y = y * f + 1.1676998740e-1f; y = y * f - 1.2420140846e-1f; y = y * f + 1.4249322787e-1f;
+    y = y * f - 1.6668057665e-1f; y = y * f + 2.0000714765e-1f; y = y * f - 2.4999993993e-1f; y = y * f + 3.3333331174e-1f;
+    y = y * f * z + k * -2.12194440e-4f - 0.5f * z;
+    return f + y + k * 0.693359375f;
+}
+static inline uint64_t mixed(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull; x = (x ^ (x >> 27)) * 0x94D049BB133111EBull; return x ^ (x >> 31);
+}
+/* -log(-log1p(-u)); small u, which decide who wins, keep their relative precision */
+static inline float gumbel(uint64_t bits) {
+    float u = ((float)(int64_t)(bits & 0x7fffffffffffffffull) + 0.5f) * 1.0842021724855044e-19f;
+    u = u > 0.99999994f ? 0.99999994f : u;
+    float small = u + u * u * (0.5f + u * (1.0f / 3.0f + u * (0.25f + u * 0.2f))), large = -logarithm(1.0f - u);
+    return -logarithm(u < 0.03f ? small : large);
+}
+
+/* tokens [m] = argmax_j z[row, j] / heat + Gumbel noise of (key, position, j), and their log-probabilities at heat 1 under z's own
+   softmax; z [n, v] mapped logits in float. lse [n] is written. */
+void draw_f32(const float *z, int64_t n, int64_t v, const int64_t *row, const int64_t *key, const int64_t *position, int64_t m, float heat,
+              float *lse, int64_t *token, float *logprob) {
+    const uint64_t golden = 0x9E3779B97F4A7C15ull;
+    float cold = 1.0f / heat;
+    _Pragma("omp parallel") {
+    _Pragma("omp for schedule(static)")
+    for (int64_t i = 0; i < n; i++) {
+        const float *x = z + i * v; float top = largest_f32(x, 0, v), s = 0;
+        for (int64_t j = 0; j < v; j++) s += exponential(x[j] - top);
+        lse[i] = top + logf(s); }
+    _Pragma("omp for schedule(static)")
+    for (int64_t i = 0; i < m; i++) {
+        const float *x = z + row[i] * v; uint64_t state = mixed((uint64_t)key[i] + (uint64_t)position[i] * golden);
+        float best = -INFINITY; int64_t at = 0; float y[64];
+        for (int64_t a = 0; a < v; a += 64) {
+            int64_t w = v - a < 64 ? v - a : 64;
+            for (int64_t j = 0; j < w; j++) y[j] = x[a + j] * cold + gumbel(mixed(state + (uint64_t)(a + j) * golden));
+            for (int64_t j = 0; j < w; j++) if (y[j] > best) { best = y[j]; at = a + j; } }
+        token[i] = at; logprob[i] = x[at] - lse[row[i]]; } }
+}

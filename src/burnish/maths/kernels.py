@@ -40,6 +40,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "block_lse": (_POINTER, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _POINTER, _POINTER),
     "add_norm": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, ctypes.c_int, _POINTER),
     "gated": (_POINTER, _INT, _INT, ctypes.c_int, _POINTER),
+    "draw": (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _POINTER),
     "decode": (
         *(_POINTER, _POINTER, _FLOAT, ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
         *(_INT, _INT, _INT, _INT, _INT, _FLOAT, _INT, _FLOAT, _POINTER, _POINTER, _POINTER),
@@ -58,7 +59,7 @@ class Kernels:
         self.dtype = dtype
         self._run: dict[str, Any] = {}
         for name, signature in _SIGNATURES.items():
-            function = getattr(library, f"{name}_{_SUFFIX[dtype]}")
+            function = getattr(library, f"{name}_{'f32' if name == 'draw' else _SUFFIX[dtype]}")  # sampling is always in float32
             function.argtypes, function.restype = signature, None
             self._run[name] = function
 
@@ -93,6 +94,18 @@ class Kernels:
         out = both.new_empty(len(both), both.shape[1] // 2)
         self._run["gated"](both.data_ptr(), *out.shape, gelu, out.data_ptr())
         return out
+
+    def draw(self, z: Tensor, row: Tensor, key: Tensor, position: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """tokens [m] = argmax of z[row] / temperature + Gumbel noise of (key, position, lane), and their log-probabilities
+        at temperature 1. z [n, v] float32; row, key, position [m] int64; the noise is engines.local.sampling.gumbel's, up
+        to the rounding of a logarithm."""
+        token = torch.empty(len(row), dtype=torch.int64)
+        logprob, lse = torch.empty(len(row)), torch.empty(len(z))
+        self._run["draw"](
+            z.data_ptr(), *z.shape, row.data_ptr(), key.data_ptr(), position.data_ptr(), len(row), temperature, lse.data_ptr(),
+            token.data_ptr(), logprob.data_ptr(),
+        )  # fmt: skip
+        return token, logprob
 
     def decode(
         self, qkv: Tensor, weights: Tensor | None, epsilon: float, late: bool, cos: Tensor | None, sin: Tensor | None,
@@ -206,6 +219,9 @@ def _agrees(kernels: Kernels, dtype: torch.dtype) -> list[bool]:
     both = 3 * random(6, 48)
     gate, up = both.float().chunk(2, -1)
     agree += [close(kernels.gated(both, False), F.silu(gate) * up), close(kernels.gated(both, True), F.gelu(gate, approximate="tanh") * up)]
+    y = z.float()
+    token, logprob = kernels.draw(y, torch.tensor([0, 2, 2, 4]), torch.arange(4), torch.full((4,), 7), 0.7)
+    agree += [close(logprob, y.log_softmax(-1)[torch.tensor([0, 2, 2, 4]), token])]
     qkv, keys, values = random(3, 8 * 16), random(4, 2, 9, 16), random(4, 2, 9, 16)
     length = torch.tensor([0, 4, 8])
     q, k, v = qkv.clone().view(3, 8, 16).split([4, 2, 2], 1)

@@ -142,6 +142,8 @@ def draw(
     cut_away = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1.0 or sampling.min_p)
     if kernels is not None and head.shape[-1] >= TWO_LEVELS_FROM and not cut_away:
         return _draw_by_blocks(kernels, head.contiguous(), sampling, key, position, logit_map, rows)
+    if kernels is not None and sampling.temperature > 0 and not cut_away:
+        return kernels.draw(logit_map.overwrite(head.float()).contiguous(), rows, key, position, sampling.temperature)
     step = max(1, _TILE // head.shape[-1]) if head.device.type == "cpu" else len(head)
     if step >= len(head):
         return _draw(logit_map.overwrite(head.float()), sampling, key, position, rows)
