@@ -37,7 +37,7 @@ from burnish.core.signature import (
 )
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "method": ("burnish.methods.supervised:METHODS",),
+    "method": ("burnish.methods.supervised:METHODS", "burnish.maths.settings:POLICY_GRADIENT"),
     "weights": ("burnish.maths.weights:WEIGHTS",),
     "schedule": ("burnish.train.schedules:SCHEDULES",),
     "adapter": ("burnish.models.adapters:ADAPTERS",),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from burnish.core.records import Rendered
+from burnish.core.records import Rendered, Spend
 from burnish.data.chat import Mask, Prepared
 from burnish.data.sampler import Sampler
 from burnish.forest.pack import Batch, Micro
@@ -17,13 +17,20 @@ from burnish.maths.head import Objective
 
 @dataclass
 class Work:
-    """One optimiser batch. `columns` are captured tensors in the batch's entry order [M] or unit order [units]."""
+    """One optimiser batch. `columns` are captured tensors in the batch's entry order [M] or unit order [units].
 
-    batch: Batch
+    batch  None until `prepare` where a method makes its own data, and after it where there is nothing to learn from it
+    spend  what making it cost an engine; facts: metrics of it besides the loop's own
+    """
+
+    batch: Batch | None
     rows: int
     where: tuple[str, ...] = ()
     epoch: float = 0.0
     columns: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    spend: Spend = field(default_factory=Spend)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Material(Protocol):
