@@ -101,7 +101,7 @@ def one(session: Session, plan: Plan, ours: Child, peer: Child) -> Case:
     return case | {
         "checks": checks, "warmup_s": {s: a["seconds"] for s, a in first.items()},
         "prepare_s": {"ours": ours_ready["seconds"], "theirs": theirs_ready["seconds"]},
-        "dtype": {"ours": ours_ready["dtype"], "theirs": theirs_ready["dtype"]}, "micro_tokens": ours_ready["micro_tokens"],
+        "dtype": {"ours": ours_ready["dtype"], "theirs": theirs_ready["dtype"]}, "plan": steps[-1]["plan"],
         "peak_bytes": peaks, "peak_ratio": peaks["ours"] / peaks["theirs"],
         "tokens": measured.all("ours", "tokens"), "loss_tokens": measured.all("ours", "loss_tokens"),
         "positions": {"theirs": measured.all("theirs", "positions")},

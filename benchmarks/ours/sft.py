@@ -3,7 +3,7 @@
     {"do": "prepare", "model": FOLDER, "mode": "full" | "lora", "threads": 2}
     {"do": "step", "rows": [{"input_ids": [...], "completion_mask": [...]}, ...]}       one optimiser step on these rows
 
-Dtype and micro-batch are what `auto` in a recipe gives; a step's `peak_step_bytes` is the most resident during it.
+Dtype and micro-batch are what `auto` in a recipe gives (measured and decided in the first step); a step's `peak_step_bytes` is the most resident during it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ held: dict[str, Any] = {}
 def prepare(*, model: str, mode: str, threads: int) -> Answer:
     import torch
 
-    from burnish.build import Built
     from burnish.methods.supervised import Supervised
     from burnish.models.adapters import lora
     from burnish.models.load import load_policy
     from burnish.train.loop import State
+    from burnish.train.memory import Memory
     from burnish.train.optim import Optimiser
 
     imported = time.perf_counter()
@@ -36,19 +36,16 @@ def prepare(*, model: str, mode: str, threads: int) -> Answer:
     if mode == "lora":
         policy.requires_grad_(False)
         policy = lora(policy, rank=16, alpha=32.0)
-    stage: Any = SimpleNamespace(name="sft", train=SimpleNamespace(micro_tokens="auto"))
-    micro_tokens = Built.micro_tokens(SimpleNamespace(stage=stage), policy, {})  # type: ignore[arg-type]
     method = Supervised(None, (), None, 10**6, "token_mean")  # type: ignore[arg-type]
     held.update(
         policy=policy, method=method, optimiser=Optimiser(policy, learning_rate=LEARNING_RATE), state=State(),
-        settings=SimpleNamespace(learning_rate=LEARNING_RATE, max_skipped_steps=0), micro_tokens=micro_tokens,
+        settings=SimpleNamespace(learning_rate=LEARNING_RATE, max_skipped_steps=0), memory=Memory(),
     )  # fmt: skip
     return {
         "import_seconds": imported - BEGAN,
         "parameters": policy.shape.parameters,
         "trained": sum(p.numel() for p in policy.trainable().values()),
         "dtype": str(policy.dtype).removeprefix("torch."),
-        "micro_tokens": micro_tokens,
         "versions": versions("torch", "transformers", "peft"),
     }
 
@@ -64,13 +61,13 @@ def step(*, rows: list[dict[str, list[int]]]) -> Answer:
     begin = time.perf_counter()
     rendered = [Rendered(tuple(r["input_ids"]), tuple(map(bool, r["completion_mask"])), str(i)) for i, r in enumerate(rows)]
     work = method.work(rendered)
-    row = one_step(policy, method, held["optimiser"], held["settings"], constant, held["micro_tokens"], state, work, policy.shape)
+    row = one_step(policy, method, held["optimiser"], held["settings"], constant, held["memory"], state, work, policy.shape)
     seconds = time.perf_counter() - begin
     spent = {k: v - before.get(k, 0) for k, v in state.ledger.counted["train"].items()}
     return {
         "seconds": seconds, "loss": row["loss"], "grad_norm": row["grad_norm"], "loss_tokens": row["label_tokens"],
         "tokens": row["stream_tokens"], "peak_step_bytes": memory("VmHWM"),
-        "useful_flops": spent["useful_flops"], "executed_flops": spent["executed_flops"],
+        "plan": str(held["memory"].plan(state.step)), "useful_flops": spent["useful_flops"], "executed_flops": spent["executed_flops"],
     }  # fmt: skip
 
 

@@ -213,8 +213,11 @@ class Loaded:
         return total
 
 
-def load(model: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu") -> Loaded:
-    """A bundled model, a folder (HF or PEFT layout) or a hub id, ready to `.generate`, `.solve` and `.score`; `.policy` underneath."""
+def load(model: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> Loaded:
+    """A bundled model, a folder (HF or PEFT layout) or a hub id, ready to `.generate`, `.solve` and `.score`; `.policy` underneath.
+
+    device: auto (cuda where there is one), cpu, cuda or cuda:<n>. Raises MachineError where it is not there.
+    """
     from burnish.models.load import load_policy
 
     return Loaded(load_policy(os.fspath(model), dtype=dtype, device=device))  # type: ignore[arg-type]

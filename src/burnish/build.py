@@ -20,7 +20,7 @@ from burnish import __version__
 from burnish.answers.compare import same
 from burnish.answers.extract import given, given_key
 from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rollouts, Source, Stage
-from burnish.core.errors import DataError
+from burnish.core.errors import ConfigError, DataError
 from burnish.core.records import Example, Message, Rendered, Sampling
 from burnish.core.seeds import derive
 from burnish.core.table import describe_row, load_row
@@ -29,16 +29,21 @@ from burnish.data.chat import ChatFormat, Mask, Prepared, preview
 from burnish.data.sampler import Sampler
 from burnish.data.sources import Dropped
 from burnish.data.tasks.base import Item, Task, items
+from burnish.engines.connect import Api, connect, models
+from burnish.engines.endpoint import Endpoint
 from burnish.engines.local.engine import LocalEngine
+from burnish.engines.remote import Conversation, RemoteEngine
 from burnish.evals.accuracy import evaluate
 from burnish.maths.estimators import bootstrap_mean
 from burnish.maths.policy_gradient import Setting, override
 from burnish.methods.policy_gradient import Question
 from burnish.methods.policy_gradient import build as build_policy_gradient
 from burnish.models.adapters import merge
+from burnish.models.load import known, load_tokenizer
 from burnish.models.policy import Policy
 from burnish.rewards.build import build as build_rewards
 from burnish.train.loop import State
+from burnish.train.memory import Memory
 from burnish.train.method import Method
 
 PREVIEWED = 6
@@ -204,34 +209,34 @@ class Built:
             return merge(policy)
         return policy
 
-    def micro_tokens(self, policy: Policy, decisions: dict[str, Any]) -> int:
-        """Stream tokens of one forward, from the recipe or from the memory that is free; decided once, then replayed."""
-        wanted = self.stage.train.micro_tokens
-        name = f"micro_tokens.{self.stage.name}"
-        if wanted == "auto" and name not in decisions:
-            per_token = activation_bytes(policy)
-            free = free_memory()
-            value = max(512, min(8192, int(0.25 * free / per_token)))
-            why = f"a quarter of {free / 1e9:.1f} GB free at about {per_token / 1e3:.0f} kB of activations a token, within 512 to 8192"
-            decisions[name] = {"value": value, "why": why, "measured": {"free_bytes": free, "bytes_per_token": per_token}}
-        return decisions[name]["value"] if wanted == "auto" else int(wanted)
+    def memory(self, decisions: dict[str, Any], written: Callable[[], None] = lambda: None) -> Memory:
+        """How large a micro-batch may be: decided at the first step and kept in `decisions`, or replayed from them."""
+        train, name = self.stage.train, f"memory.{self.stage.name}"
 
-    def validate(self, policy: Policy, micro_tokens: int, state: State) -> Mapping[str, Any]:
+        def record(decision: Mapping[str, Any]) -> None:
+            decisions[name] = dict(decision)
+            written()
+
+        limit = None if train.memory_bytes is None else int(train.memory_bytes)
+        memory = Memory(train.micro_tokens, train.checkpointing, limit, self.summary["longest"], record)
+        return memory.replay(decisions[name]) if name in decisions else memory
+
+    def validate(self, policy: Policy, memory: Memory, state: State) -> Mapping[str, Any]:
         """The held-out loss, for the loop."""
-        found, flops = self.method.held_out(policy, micro_tokens)
+        found, flops = self.method.held_out(policy, memory.plan(state.step).micro_tokens)
         labels = sum(n for _, n in found)
         state.ledger.count("validation", label_tokens=labels, stream_tokens=sum(len(r.ids) for r in self.method.validation), executed_flops=flops)
         return {"loss": sum(v for v, _ in found) / labels, "label_tokens": labels}
 
-    def header(self, policy: Policy, micro_tokens: int) -> str:
+    def header(self, policy: Policy) -> str:
         """What will happen, in one paragraph."""
         data, train, shape = self.summary, self.stage.train, policy.shape
         trained = sum(p.numel() for p in policy.trainable().values())
         dropped = sum(data["dropped"].values())
         return (
             f"{self.stage.name}: {self.stage.method.name} on {data['rows']} rows ({data['label_tokens']} labels in {data['tokens']} tokens"
-            f"{f', {dropped} rows dropped' if dropped else ''}), {self.method.total_steps} steps of {train.batch_rows} rows, "
-            f"at most {micro_tokens} tokens a forward; trains {trained:,} of {shape.parameters + shape.adapter_parameters:,} parameters"
+            f"{f', {dropped} rows dropped' if dropped else ''}), {self.method.total_steps} steps of {train.batch_rows} rows; "
+            f"trains {trained:,} of {shape.parameters + shape.adapter_parameters:,} parameters"
         )
 
     def facts(self, state: State) -> dict[str, str]:
@@ -294,13 +299,13 @@ class Questions:
     name: str
     judged: Eval
     seed: int
-    chat: ChatFormat
+    chat: ChatFormat | Conversation
     task: Task
     asked: Sequence[Item]
     validation: Sequence[Item]
 
     @classmethod
-    def of(cls, name: str, judged: Eval, seed: int, chat: ChatFormat) -> Questions:
+    def of(cls, name: str, judged: Eval, seed: int, chat: ChatFormat | Conversation) -> Questions:
         """Draw the questions, or read them. Raises DataError."""
         if judged.task is None:
             task, asked = questions_in(str(judged.file), judged.columns, judged.rows)
@@ -316,6 +321,11 @@ class Questions:
         return len(self.asked)
 
     def __call__(self, policy: Policy, stage: str, advance: Advance, poll: Callable[[], None]) -> dict[str, Any]:
+        policy.train(False)
+        return self.ask(LocalEngine(policy, end_ids=self.chat.end_ids), stage, advance, poll)
+
+    def ask(self, engine: LocalEngine | RemoteEngine, stage: str, advance: Advance, poll: Callable[[], None]) -> dict[str, Any]:
+        """The answers of one engine, judged."""
         judged = self.judged
         candidates = judged.temperature if isinstance(judged.temperature, tuple) else ()
         sampling = Sampling(
@@ -323,8 +333,6 @@ class Questions:
             top_k=judged.top_k, top_p=judged.top_p, min_p=judged.min_p, max_new_tokens=judged.max_new_tokens, stop=judged.stop,
             seed=derive(self.seed, "samples"),
         )  # fmt: skip
-        engine = LocalEngine(policy, end_ids=self.chat.end_ids)
-        policy.train(False)
         began = time.monotonic()
 
         def each_step() -> None:
@@ -420,26 +428,27 @@ def judges(recipe: Recipe, policy: Policy, built: Sequence[Built]) -> list[Any]:
     return made
 
 
+# ---- engines over HTTP -----------------------------------------------------------------------------------------------
+
+
+def remote_engine(
+    url: str, model: str, *, api: Api = "auto", tokenizer: str | None = None, version: str = "", in_flight: int = 64
+) -> tuple[RemoteEngine, ChatFormat | Conversation]:
+    """An engine over the server at `url`, and what renders prompts for it. See engines.connect for what it raises.
+
+    tokenizer  a folder, bundled name or hub id (None: the model's own name, where it is one of these)
+    """
+    if api == "chat" and tokenizer is not None:
+        raise ConfigError("a chat API renders prompts itself and takes no tokenizer", where="--tokenizer", remedy="leave it out")
+    endpoint = Endpoint(url, in_flight=in_flight)
+    models(endpoint)  # a server that is not there is said before any tokenizer is looked for
+    source = tokenizer if tokenizer is not None else model if api != "chat" and known(model) else None
+    words = None if source is None else load_tokenizer(source)
+    chat = Conversation() if words is None else ChatFormat(words)
+    return connect(endpoint, model, api=api, tokenizer=words, end_ids=chat.end_ids, version=version), chat
+
+
 # ---- this machine ---------------------------------------------------------------------------------------------------
-
-
-def activation_bytes(policy: Policy) -> int:
-    """About what one stream token keeps alive until the backward: per layer ~16 hidden and 4 intermediate vectors."""
-    shape = policy.shape
-    intermediate = int(getattr(policy.config, "intermediate_size", None) or 4 * shape.hidden)
-    width = 4 if policy.dtype != torch.bfloat16 else 3  # bf16 bodies keep fp32 norms
-    return shape.layers * (16 * shape.hidden + 4 * intermediate) * width
-
-
-def free_memory() -> int:
-    """Bytes that can be allocated without swapping."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def gflops(dtype: torch.dtype, size: int = 1536, seconds: float = 0.4) -> float:

@@ -28,7 +28,7 @@ from burnish.models.export import export, model_card, weights_sha256
 from burnish.models.load import load_policy
 from burnish.models.policy import Policy
 from burnish.train.log import Progressing
-from burnish.train.loop import State, fit, rss_bytes
+from burnish.train.loop import State, fit, peak_bytes
 
 PRICE = "BURNISH_PRICE_PER_HOUR"
 
@@ -156,7 +156,12 @@ class _Work:
 
     def _load(self, source: str | Path) -> Policy:
         known = self.decisions.get("dtype", {}).get("value")
-        policy = load_policy(source, dtype=known or self.recipe.dtype)
+        placed = self.recipe.device  # one that was named is meant; `auto` stays where the run began
+        if placed == "auto":
+            placed = self.decisions.get("device", {}).get("value", placed)
+        policy = load_policy(source, dtype=known or self.recipe.dtype, device=placed)
+        if self.recipe.device != "auto" or "device" not in self.decisions:
+            self.decisions["device"] = policy.decisions["device"]
         if "dtype" not in self.decisions:
             chosen = {"value": self.recipe.dtype, "why": "the recipe says so", "measured": {}}
             self.decisions["dtype"] = policy.decisions.get("dtype", chosen)
@@ -231,15 +236,14 @@ class _Work:
             about["status"] = "running"
             write_json(folder.stage, about)
             policy = built.adapt(policy)
-            micro_tokens = built.micro_tokens(policy, self.decisions)
-            self._decide()
-            self.progress.say(built.header(policy, micro_tokens))
+            memory = built.memory(self.decisions, self._decide)
+            self.progress.say(built.header(policy))
             self.progress.begin(stage.name, built.method.total_steps)
             try:
                 state = fit(
                     policy, built.method, stage.train, folder,
-                    schedule=built.schedule, micro_tokens=micro_tokens, stop=self.stop, resume=True,
-                    evaluate=partial(built.validate, policy, micro_tokens) if built.validation is not None else None,
+                    schedule=built.schedule, memory=memory, stop=self.stop, resume=True,
+                    evaluate=partial(built.validate, policy, memory) if built.validation is not None else None,
                     guards=[partial(self._over_budget, built)], on_step=self.progress.step, say=self.progress.say,
                 )  # fmt: skip
             except Interrupted:
@@ -306,7 +310,7 @@ class _Work:
             result = read_json(path)
             ledger.spend(Spend(**result["spend"]))
             ledger.measure("evaluate", result["seconds"])
-        ledger.saw_memory(rss_bytes())
+        ledger.saw_memory(peak_bytes(policy.device))
         if PRICE in os.environ:
             ledger.money = sum(ledger.seconds.values()) / 3600 * float(os.environ[PRICE])
         write_json(folder.ledger, ledger.to_json())

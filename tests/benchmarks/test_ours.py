@@ -48,8 +48,8 @@ def test_a_step_trains_on_the_rows_it_was_given(start: Any) -> None:
     rows = data.varied(8, vocabulary_of(BUNDLED), median=12, least=6, most=24)
     trainer = start("benchmarks.ours.sft")
     ready = trainer.ask("prepare", model=str(BUNDLED), mode="full", threads=1)
-    assert ready["trained"] == ready["parameters"] > 8e5 and ready["micro_tokens"] >= 512
+    assert ready["trained"] == ready["parameters"] > 8e5
     first, second = (trainer.ask("step", rows=rows) for _ in range(2))
     assert first["tokens"] == sum(len(r["input_ids"]) for r in rows) and first["loss_tokens"] == sum(sum(r["completion_mask"]) for r in rows)
     assert second["loss"] < first["loss"] and first["useful_flops"] == second["useful_flops"] > 0
-    assert first["peak_step_bytes"] > 1e8
+    assert first["peak_step_bytes"] > 1e8 and first["plan"] == second["plan"] == "at most 8192 tokens a forward, checkpointing off"

@@ -26,6 +26,7 @@ from burnish.models.adapters import lora
 from burnish.models.load import load_policy
 from burnish.models.policy import Policy
 from burnish.train.loop import fit
+from burnish.train.memory import Memory
 from burnish.train.schedules import SCHEDULES
 
 HERE = Path(__file__).parent / "trl_sft"
@@ -94,7 +95,7 @@ def test_twenty_steps_of_trl(case: str, tmp_path: Path, record_property: Any) ->
         checkpoint_every=None, keep_checkpoints=1, validate_every=None, max_skipped_steps=0,
     )  # fmt: skip
     before = {plain(n): p.detach().clone() for n, p in policy.trainable().items()}
-    fit(policy, method, settings, StageFolder(tmp_path / "01-sft").make(), schedule=SCHEDULES[how["schedule"]], micro_tokens=64, stop=Stop())
+    fit(policy, method, settings, StageFolder(tmp_path / "01-sft").make(), schedule=SCHEDULES[how["schedule"]], memory=Memory.fixed(64), stop=Stop())
     ours, theirs = list(read_jsonl(tmp_path / "01-sft/metrics.jsonl")), known["steps"]
 
     assert [r["label_tokens"] for r in ours] == [s["label_tokens"] for s in theirs]

@@ -421,3 +421,88 @@ def test_a_layer_that_is_not_causal_is_refused():
     layer.is_causal = False
     with pytest.raises(ConfigError, match="not causal"):
         call(module=layer)
+
+
+# ----------------------------------------------------------------------------------------------- half-precision blocks
+
+
+def half_problem(batch: int, rows: int, keys: int, kv: int, spread: float) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    sizes = ((rows, 4), (keys, kv), (keys, kv), (rows, 4))
+    q, k, v, dout = ((torch.randn(batch, n, h, 32, generator=g)).bfloat16().transpose(1, 2) for n, h in sizes)
+    return [dout, q * spread, k, v]
+
+
+@pytest.mark.parametrize("spread", [1.0, 8.0])  # 8: scores of 40 and more, whose own rounding would be 0.1
+@pytest.mark.parametrize("kv", [4, 2, 1])
+@pytest.mark.parametrize(("batch", "rows", "keys", "mask"), [(3, 40, 40, "causal"), (1, 300, 300, "causal"), (2, 50, 90, None)])
+def test_half_precision_products_are_as_near_to_float64_as_the_stock_backward(
+    batch: int, rows: int, keys: int, mask: Any, kv: int, spread: float
+):
+    dout, q, k, v = half_problem(batch, rows, keys, kv, spread)
+    out, lse = blocks._product_forward(q.double(), k.double(), v.double(), mask, SCALE, None)
+    exact = blocks._product_backward(dout.double(), q.double(), k.double(), v.double(), out, lse, mask, SCALE, None)
+    given = dout, q, k, v, out.bfloat16(), lse.float(), mask, SCALE, None
+    for x, y in zip(blocks._half_backward(*given), exact):
+        assert x.shape == y.shape and (x.double() - y).norm() < 1.2e-2 * y.norm()  # three roundings of 2^-8 in a row
+
+
+def test_scores_rounded_before_their_shift_would_not_do():
+    dout, q, k, v = half_problem(1, 60, 60, 2, 8.0)
+    out, lse = blocks._product_forward(q.double(), k.double(), v.double(), None, SCALE, None)
+    p = blocks._grouped(q, 2).flatten(2, 3) @ k.mT  # in half precision, as one would first write it
+    rounded = (p.float() * SCALE - blocks._grouped(lse.float()[..., None], 2).flatten(2, 3)).exp()
+    dv = rounded.bfloat16().mT @ blocks._grouped(dout, 2).flatten(2, 3)
+    given = dout, q, k, v, out.bfloat16(), lse.float(), None, SCALE, None
+    exact = blocks._product_backward(*(x.double() for x in given[:4]), out, lse, None, SCALE, None)[2]
+    ours = blocks._half_backward(*given)[2]
+    assert (dv - exact).norm() > 3 * (ours - exact).norm()
+
+
+def test_large_half_precision_blocks_go_to_the_products_and_are_counted_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocks, "_half_products_are_fast", lambda: True)
+    kernel = blocks.kernel_for(torch.empty(1, 32, 1, 128).bfloat16(), torch.empty(1, 8, 1, 128), None)
+    assert kernel.causal_pairs_backward is not None
+    assert kernel.causal_pairs_backward(40, 32) == kernel.causal_pairs(40, 32) == 40 * 41 // 2
+    assert kernel.causal_pairs(200, 32) == 200 * 201 // 2
+    assert kernel.causal_pairs_backward(200, 32) == 128 * 128 + 72 * 200
+    called: list[str] = []
+    for name in ("_half_backward", "_stock_backward"):
+        ours = getattr(blocks, name)
+        monkeypatch.setattr(blocks, name, lambda *a, name=name, ours=ours: called.append(name) or ours(*a))
+    blocks._half_kernel.cache_clear()
+    try:
+        layout = Layout((200, 8), (-1, 0))
+        given = [torch.randn(1, n, 208, 128).bfloat16().requires_grad_() for n in (32, 8, 8)]
+        plan = Forest(layout)
+        plan(0, *given, SCALE, None, None, None).sum().backward()
+    finally:
+        blocks._half_kernel.cache_clear()
+    assert called == ["_half_backward", "_stock_backward", "_stock_backward"]
+    assert plan.flops_backward == 2 * 32 * 5 * 128 * (128 * 128 + 72 * 200 + 8 * 9 // 2 + 8 * 200)
+    monkeypatch.setattr(blocks, "_half_products_are_fast", lambda: False)
+    assert blocks.kernel_for(torch.empty(1, 32, 1, 128).bfloat16(), torch.empty(1, 8, 1, 128), None) is blocks._STOCK
+
+
+def test_neighbours_of_one_length_without_descendants_are_one_batch():
+    layout = Layout((9, 5, 5, 5, 4, 4, 5, 3, 3), (-1, 0, 0, 0, 0, -1, -1, -1, -1))
+    program = attention._lay_out(layout, None, torch.device("cpu"))
+    assert [(p.rows, p.segments) for p in program.pieces] == [(9, 1), (15, 3), (8, 2), (5, 1), (6, 2)]
+    compare(layout, None, None)
+    compare(layout, None, 1.5, sinks=True, kv=1)
+    compare(Layout((6, 6, 6), (-1, -1, -1)), None, None)  # roots alone
+    compare(Layout((6, 6, 6), (-1, 0, 1)), None, None)  # a chain is no batch: each sees the one before it
+
+
+def test_few_rows_of_half_precision_are_not_worth_wide_keys_and_many_are_summed_wide():
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 90, 32, generator=g).bfloat16() for _ in range(2))
+    errors = []
+    for rows in (blocks._FEW_ROWS // 2 - 1, blocks._FEW_ROWS // 2):  # two query heads on each key-value head
+        q = (torch.randn(1, 4, rows, 32, generator=g) * 8).bfloat16()
+        seen = torch.ones(rows, 90, dtype=torch.bool)
+        lse = attend_block(q, k, v, seen, SCALE)[1]
+        want = attend_block(q.double(), k.double(), v.double(), seen, SCALE)[1]
+        errors.append(float((lse - want).abs().max()))
+    assert errors[0] > 1e-3 and errors[0] < 0.2  # scores near 40, rounded to a step of 0.25 / 2
+    assert errors[1] < 1e-4

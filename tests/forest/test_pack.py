@@ -133,3 +133,35 @@ def test_thousands_of_trees_are_cut_into_nearly_full_micro_batches():
     micros = Batch([Tree.row([5] * n, [False] * n) for n in sizes]).split(4096)
     assert sum(m.stream.layout.size for m in micros) == sum(sizes)
     assert len(micros) <= 1.02 * sum(sizes) / 4096 + 1
+
+
+@bounded
+@given(st.lists(st.tuples(st.integers(2, 30), st.integers(0, 29)), min_size=1, max_size=40), st.integers(1, 40), st.integers(1, 40))
+def test_two_budgets_are_first_fit_decreasing_too(rows: list[tuple[int, int]], budget: int, labels: int):
+    """Against the plain loop over bins; and no bin is over either budget unless its tree is alone."""
+    trees = [Tree.row(range(n), [i >= n - min(k, n - 1) for i in range(n)]) for n, k in rows]
+    size, count = [t.size for t in trees], [len(t.units[0].labels) for t in trees]
+    bins: list[list[int]] = []
+    for i in sorted(range(len(trees)), key=lambda i: (-size[i], -count[i], i)):
+        for members in bins:
+            if sum(size[j] for j in members) + size[i] <= budget and sum(count[j] for j in members) + count[i] <= labels:
+                members.append(i)
+                break
+        else:
+            bins.append([i])
+    want = sorted(sorted(members) for members in bins)
+    batch = Batch(trees)
+    got = [m.units.tolist() for m in batch.split(budget, labels)]
+    assert got == want
+    for members in got:
+        assert len(members) == 1 or (sum(size[i] for i in members) <= budget and sum(count[i] for i in members) <= labels)
+
+
+def test_a_label_budget_that_never_binds_changes_nothing():
+    dice = random.Random(0)
+    sizes = [dice.randrange(2, 60) for _ in range(200)]
+    batch = Batch([Tree.row(range(n), [True] * n) for n in sizes])
+    alone, both = batch.split(256), batch.split(256, 10_000)
+    assert [m.items.tolist() for m in alone] == [m.items.tolist() for m in both]
+    with pytest.raises(ConfigError, match="0 labels hold nothing"):
+        batch.split(256, 0)

@@ -11,7 +11,7 @@ from burnish.core.errors import ConfigError
 from burnish.forest.attention import register
 from burnish.forest.padded import _batches, padded_hidden, padded_positions
 from burnish.forest.stream import Layout, Stream
-from tests.forest.tiny import VOCABULARY, body_of, tiny
+from tests.forest.tiny import PADDED, VOCABULARY, body_of, tiny
 from tests.forest.trees import bounded, random_trees
 
 LAYOUT = Layout((9, 5, 4, 10, 3, 6), (-1, 0, 1, 1, 0, -1))
@@ -21,7 +21,7 @@ def stream() -> Stream:
     return Stream(torch.randint(3, VOCABULARY, (LAYOUT.size,), generator=torch.Generator().manual_seed(3)), LAYOUT)
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon", "mamba", "lfm2", "llama4", "llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", [*PADDED, "llama", "gemma3", "gpt_oss"])
 def test_every_segment_is_what_its_own_sequence_gives(name: str):
     model, s = tiny(name), stream()
     body = body_of(model)

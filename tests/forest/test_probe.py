@@ -10,16 +10,16 @@ import torch
 import burnish.forest.probe as probe
 from burnish.forest.attention import NAME, register
 from burnish.forest.probe import _windows_untold, why_not
-from tests.forest.tiny import body_of, tiny
+from tests.forest.tiny import SHARE, body_of, tiny
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gemma2", "gpt_oss", "mistral", "mixtral"])
+@pytest.mark.parametrize("name", SHARE)
 def test_models_that_share(name: str):
     model = tiny(name)
     assert why_not(model, body_of(model)) is None
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+@pytest.mark.parametrize("name", SHARE)
 def test_models_that_share_in_half_precision(name: str):
     model = tiny(name, dtype=torch.bfloat16)
     assert why_not(model, body_of(model)) is None
@@ -33,6 +33,7 @@ def test_models_that_share_in_half_precision(name: str):
         ("mamba", "linear_attention"),
         ("lfm2", "conv"),
         ("llama4", "chunked_attention"),
+        ("qwen3_next", "linear_attention"),
     ],
 )
 def test_models_that_do_not(name: str, said: str):

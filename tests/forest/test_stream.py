@@ -54,6 +54,9 @@ def test_a_layout_is_what_its_trees_say(data: st.DataObject):
             assert layout.subtree_end(base + i) == layout.start[base + max(below)] + layout.length[base + max(below)]
             assert layout.root[base + i] == base
             assert len(tokens) == layout.length[base + i]
+            copies = sum(base + i in [leaf, *layout.ancestors(leaf)] for leaf in layout.leaves)
+            rows = slice(layout.start[base + i], layout.start[base + i] + len(tokens))
+            assert layout.paths[rows].tolist() == [copies] * len(tokens)
         at += tree.size
     assert at == layout.size == len(stream.tokens)
 

@@ -13,20 +13,29 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPTNeoXConfig,
     GptOssConfig,
+    GraniteConfig,
     Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 VOCABULARY = 97
@@ -82,6 +91,42 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
     ),
     "mistral": _config(MistralConfig, num_hidden_layers=2, head_dim=8, sliding_window=WINDOW),
     "mixtral": _config(MixtralConfig, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": _config(
+        Qwen3MoeConfig,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    ),
+    "qwen2": _config(Qwen2Config, num_hidden_layers=2),
+    # full layers first, sliding ones from the third on
+    "qwen2_sliding": _config(
+        Qwen2Config, num_hidden_layers=4, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
+    ),
+    "phi3": _config(Phi3Config, num_hidden_layers=2, sliding_window=WINDOW),
+    "olmo2": _config(Olmo2Config, num_hidden_layers=2),
+    "granite": _config(
+        GraniteConfig,
+        num_hidden_layers=2,
+        attention_multiplier=0.2,
+        residual_multiplier=0.5,
+        embedding_multiplier=3.0,
+        logits_scaling=4.0,
+    ),
+    "smollm3": _config(SmolLM3Config, num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]),
+    "cohere2": _config(
+        Cohere2Config, num_hidden_layers=4, head_dim=8, sliding_window=WINDOW, layer_types=ALTERNATE, logit_scale=0.25
+    ),
+    "gpt_neox": _config(GPTNeoXConfig, num_hidden_layers=2),
+    "starcoder2": _config(
+        Starcoder2Config,
+        num_hidden_layers=2,
+        sliding_window=WINDOW,
+        residual_dropout=0.0,
+        embedding_dropout=0.0,
+        attention_dropout=0.0,
+    ),
     # rotary frequencies that change for a whole call once one row is longer than 16 tokens
     "longrope": _config(
         Phi3Config,
@@ -104,6 +149,21 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
         **{"vocab_size": VOCABULARY, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, **more}
     ),
     "lfm2": _config(Lfm2Config, num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "full_attention"]),
+    "qwen3_next": _config(
+        Qwen3NextConfig,
+        num_hidden_layers=4,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        decoder_sparse_step=1,
+    ),
     "llama4": _config(
         Llama4TextConfig,
         num_hidden_layers=4,
@@ -114,6 +174,11 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
         num_experts_per_tok=1,
     ),
 }
+
+PADDED = ("bloom", "falcon", "mamba", "lfm2", "qwen3_next", "llama4")
+"""Cannot share a prefix: biases by distance, states, convolutions, linear attention, chunks."""
+SHARE = tuple(name for name in ARCHITECTURES if name not in (*PADDED, "longrope"))
+"""Share prefixes; longrope does too, until one row changes the rotation of the others."""
 
 
 def tiny(

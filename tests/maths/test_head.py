@@ -24,6 +24,7 @@ from burnish.maths.head import (
 )
 from burnish.maths.kernels import kernels_for
 from burnish.maths.logprobs import label_logprobs, nll, seq_logprob, weighted_nll
+from burnish.train.activations import Watch
 
 V, H = 101, 8
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -346,6 +347,20 @@ def test_a_sink_takes_the_weights_gradient_times_the_incoming_one(dtype: torch.d
     assert torch.equal(plain.hidden.grad, sunk.hidden.grad)
     if rows is None and dtype == torch.float32:  # one chunk: no gradient of the weight is ever formed outside the sink
         assert not [shape for name, shape, _ in sizes.made if shape == (V, H) and name.startswith(("aten.mm", "aten.empty", "aten.new_empty"))]
+
+
+@pytest.mark.parametrize("rows", [None, 9])
+def test_what_the_sink_took_is_not_kept_for_the_rest_of_the_backward(rows: int | None) -> None:
+    case, sink = Case(dtype=torch.float32), torch.zeros(V, H)
+    with Watch() as watch:
+        loss, _ = case.fused("group", rows=rows, sink=sink)
+        before = watch.live
+        loss.backward(retain_graph=True)
+        made = sum(x.grad.numel() for x in (case.hidden, case.bias) if x.grad is not None)
+        kept = 4 * (V * H if rows else len(case.label) * V)  # the weight's gradient, or the logits it is made from
+        assert watch.live <= before - kept + 4 * made
+    with pytest.raises(ConfigError, match="in the sink already"):
+        loss.backward()
 
 
 def test_one_chunk_of_narrow_logits_needs_no_wide_weight_gradient() -> None:

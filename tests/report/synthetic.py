@@ -69,7 +69,8 @@ def build(root: Path, *, name: str = "quickstart", stages: int = 2, n: int = 100
     write(root / "decisions.json", {
         "dtype": {"value": "float32", "why": "bfloat16 is slower than float32 on this machine", "measured": {"float32_gflops": 121.4, "bfloat16_gflops": 38.2}},
         "attention": {"value": "forest", "why": "a tiny forest agrees with its separate rows to 2e-6", "measured": {"largest_difference": 2.1e-06}},
-        "micro_tokens.sft": {"value": 4096, "why": "a quarter of 5.1 GB free at about 70 kB of activations a token, within 512 to 8192", "measured": {}},
+        "memory.sft": {"value": "at most 4096 tokens a forward, checkpointing off", "why": "4.10 GB free for activations, measured at 63.3 kB a token", "measured": {},
+                       "plans": [{"step": 0, "micro_tokens": 4096, "head_rows": None, "checkpointing": "off"}]},
     })  # fmt: skip
     for i, stage in enumerate(chosen):
         folder = root / f"{i:02d}-{stage}"

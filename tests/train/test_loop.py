@@ -23,6 +23,7 @@ from burnish.methods.supervised import Supervised
 from burnish.models.policy import Policy
 from burnish.train import checkpoint
 from burnish.train.loop import State, fit
+from burnish.train.memory import Memory
 from burnish.train.schedules import linear
 from tests.forest.tiny import tiny
 
@@ -52,7 +53,7 @@ def policy(dtype: torch.dtype = torch.float32) -> Policy:
 
 def train(folder: Path, steps: int, *, on: Policy | None = None, settings: Any = SETTINGS, **more: Any) -> tuple[Policy, State]:
     trained = on or policy()
-    options: dict[str, Any] = {"schedule": linear, "micro_tokens": 1000, "stop": Stop()} | more
+    options: dict[str, Any] = {"schedule": linear, "memory": Memory.fixed(1000), "stop": Stop()} | more
     state = fit(trained, method(steps), settings, StageFolder(folder).make(), **options)
     return trained, state
 
@@ -83,13 +84,26 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path: Path, dt
 
 def test_training_learns_and_micro_batches_cannot_change_it(tmp_path: Path) -> None:
     a, _ = train(tmp_path / "00-a", 12)
-    b, _ = train(tmp_path / "00-b", 12, micro_tokens=20)
+    b, _ = train(tmp_path / "00-b", 12, memory=Memory.fixed(20))
     losses = [r["loss"] for r in read_jsonl(tmp_path / "00-a/metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
     for x, y in zip(weights(a).values(), weights(b).values()):
         assert (x - y).norm() <= 1e-4 * x.norm()
     for x, y in zip(read_jsonl(tmp_path / "00-a/metrics.jsonl"), read_jsonl(tmp_path / "00-b/metrics.jsonl")):
         assert x["label_tokens"] == y["label_tokens"] and math.isclose(x["loss"], y["loss"], rel_tol=1e-4)
+
+
+def test_what_a_router_adds_is_logged_beside_the_loss_it_is_part_of(tmp_path: Path) -> None:
+    words = SimpleNamespace(eos_token_id=2)
+    on = Policy(tiny("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), words)
+    train(tmp_path / "00-on", 2, on=on, memory=Memory.fixed(20))
+    train(tmp_path / "00-off", 2, on=Policy(tiny("mixtral"), words), memory=Memory.fixed(20))
+    with_term, without = (list(read_jsonl(tmp_path / f / "metrics.jsonl")) for f in ("00-on", "00-off"))
+    assert all("router_loss" not in row for row in without)
+    first = with_term[0]
+    assert 0.5 * 2 * 0.9 < first["router_loss"] < 0.5 * 4  # coefficient times top_k = 2 where routing is even, 4 at worst
+    assert math.isclose(first["loss"], without[0]["loss"] + first["router_loss"], rel_tol=1e-5)
+    assert with_term[1]["loss"] - with_term[1]["router_loss"] != without[1]["loss"]  # it has moved the weights
 
 
 def poisoned(at: set[int]) -> Policy:

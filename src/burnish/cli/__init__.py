@@ -31,8 +31,10 @@ VERBS = {  # verb -> module with a function of the same name (- is _); in the or
     "show": "burnish.cli.show",
     "cp": "burnish.cli.cp",
     "check": "burnish.cli.check",
+    "estimate": "burnish.cli.estimate",
     "coverage": "burnish.cli.coverage",
     "reward-test": "burnish.cli.reward_test",
+    "doctor": "burnish.cli.doctor",
 }
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer carries its own click, or uses yours
 _json = False

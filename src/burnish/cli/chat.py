@@ -17,13 +17,14 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Talk to a model. An empty line or Ctrl-D ends; /new starts over."""
     from burnish.api import load
     from burnish.train.log import hush
 
     hush()
-    loaded = load(model)
+    loaded = load(model, device=device)
     head = [{"role": "system", "content": system}] if system else []
     options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     if prompt is not None or wants_json():

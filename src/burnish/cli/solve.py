@@ -34,6 +34,7 @@ def solve(
     budget_tokens: Annotated[int | None, typer.Option(help="The most sampled tokens a question may cost.")] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show every sample with its answer and score.")] = False,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Answer with a test-time strategy, and say what that cost."""
     asked = parse(strategy, "--strategy")
@@ -47,7 +48,7 @@ def solve(
 
     hush()
     prompts: list[Any] = [question] if file is None else _questions(file, column)
-    loaded = load(model)
+    loaded = load(model, device=device)
     options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
     begin = time.perf_counter()
     found = loaded.solve(

@@ -9,7 +9,7 @@ from burnish.config.faults import Key
 from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rewards, Source, Stage
 from burnish.core.grammar import parse
 from burnish.core.signature import Inputs
-from burnish.core.table import describe, describe_row, did_you_mean
+from burnish.core.table import describe_row, did_you_mean
 
 Problem = tuple[Key, str, str | None]  # the key at fault, what is wrong, what to type instead
 
@@ -72,8 +72,9 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
             f"a step takes {train.batch_rows} rows and the data has {rows}{less}: {rows - held} < {train.batch_rows}"
         )
         yield (*at, "batch_rows"), message, f"type batch_rows: {max(1, rows - held)} or less, or ask for more rows"
-    draws = stage.method.name in describe("policy_gradient")
-    takes = draws or "rewards" in describe_row("method", stage.method.name).inputs
+    row = describe_row("method", stage.method.name)
+    draws = {"advantage", "surrogate"} <= {p.name for p in row.parameters}  # a point of the policy-gradient algebra
+    takes = draws or "rewards" in row.inputs
     yield from _rollouts(key, stage, draws)
     if takes and stage.rewards is None:
         yield (*key, "method"), f"{stage.method.name!r} learns from rewards, and there are none", "add rewards: [number]"

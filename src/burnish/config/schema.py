@@ -98,6 +98,15 @@ class Train(Section):
     micro_tokens: Positive | Literal["auto"] = Field(
         default="auto", description="tokens per forward pass, 1 or more, or auto", examples=["auto"]
     )
+    checkpointing: Literal["auto", "off", "layers"] = Field(
+        default="auto", description="auto, off or layers: what the backward computes again", examples=["auto"]
+    )
+    memory_bytes: float | None = Field(
+        default=None,
+        gt=0,
+        description="the most memory the process may hold in a step, in bytes, or null for what is free",
+        examples=["4e9"],
+    )
     max_tokens: int | None = Field(
         default=None,
         ge=2,
@@ -267,6 +276,7 @@ class Recipe(Section):
     model: str = Field(min_length=1, description="a bundled model, a local folder or a hub id", examples=["spark"])
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number, 0 or more", examples=[0])
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto, float32 or bfloat16")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
     budget: Budget = Field(default=Budget(), description="a mapping of seconds, tokens, flops, money")
     evals: dict[Name, Eval] = Field(default={}, description="a mapping from a name to an eval")
     stages: tuple[Stage, ...] = Field(default=(), description="a list of stages")
@@ -302,6 +312,8 @@ ELSEWHERE = {  # what other trainers call our keys
     "batch_size": "batch_rows",
     "per_device_train_batch_size": "batch_rows",
     "gradient_accumulation_steps": "micro_tokens",
+    "gradient_checkpointing": "checkpointing",
+    "activation_checkpointing": "checkpointing",
     "lr_scheduler_type": "schedule",
     "max_grad_norm": "clip_norm",
     "max_length": "max_tokens",

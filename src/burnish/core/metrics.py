@@ -20,7 +20,8 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     # optimisation
-    "loss": Metric("nats", "the objective: weighted sum over the labels of the optimiser batch", "lower"),
+    "loss": Metric("nats", "the objective: weighted sum over the labels of the optimiser batch, and router_loss where that is logged", "lower"),
+    "router_loss": Metric("1", "the part of loss a mixture of experts adds for uneven routing, coefficient included", "lower"),
     "grad_norm": Metric("1", "Euclidean norm of the whole gradient before clipping"),
     "lr": Metric("1", "step size used at this step, after the schedule"),
     "epoch": Metric("1", "passes over the training rows so far"),

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal, get_args
 
+from burnish.core.errors import DataError
+
 Role = Literal["system", "user", "assistant", "tool"]
 Finish = Literal["stop", "length", "stop_string", "budget"]
 Failure = Literal["timeout", "crash", "invalid", "infra"]
@@ -77,7 +79,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Spend:
-    """What an answer cost, in units that compare training with inference. Tokens are counted, never estimated."""
+    """What an answer cost, in units that compare training with inference. Tokens are counted.
+
+    One exception: a server over HTTP may not report them. Its trajectories say so (`meta["usage"] == "estimated"`).
+    """
 
     prefill_tokens: int = 0
     sampled_tokens: int = 0
@@ -112,9 +117,15 @@ class Trajectory:
 
     @property
     def completion(self) -> tuple[int, ...]:
-        """The sampled ids."""
-        start = next(s.start for s in self.spans if s.kind == "completion")
-        return self.tokens[start:]
+        """The sampled ids. Raises DataError where the engine could not report them: they are not made up from the text."""
+        for span in self.spans:
+            if span.kind == "completion":
+                return self.tokens[span.start :]
+        raise DataError(
+            "its token ids are not known: the server gave text only",
+            where=f"trajectory {self.id}",
+            remedy="sample with an engine that reports ids: local, or vLLM",
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

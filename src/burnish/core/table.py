@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from burnish.core.errors import BurnishError, ConfigError
 from burnish.core.signature import (
     Inputs,
@@ -45,7 +43,6 @@ TABLES: dict[str, tuple[str, ...]] = {
     "task": ("burnish.data.tasks.table:TASKS",),
     "strategy": ("burnish.search.sampling:STRATEGIES",),
     "scorer": ("burnish.search.scorers:SCORERS",),
-    "policy_gradient": ("burnish.maths.settings:POLICY_GRADIENT",),
     "advantage": ("burnish.maths.advantages:ADVANTAGES",),
     "ratio": ("burnish.maths.ratios:RATIOS",),
     "surrogate": ("burnish.maths.surrogates:SURROGATES",),
@@ -62,7 +59,6 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 USER_ROW = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # numbers to everyone but YAML 1.1
-FINITE = ConfigDict(allow_inf_nan=False)
 ARXIV = re.compile(r"arXiv:\d{4}\.\d{4,5}")
 
 
@@ -257,6 +253,9 @@ def shown(value: Any) -> str:
 
 def faults_in(row: RowDescription, params: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(validated values with defaults filled in, [(parameter, what is wrong)])."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # here: what trains and samples runs without it
+
+    finite = ConfigDict(allow_inf_nan=False)
     values: dict[str, Any] = {}
     faults: list[tuple[str, str]] = []
     names = [p.name for p in row.parameters]
@@ -273,7 +272,7 @@ def faults_in(row: RowDescription, params: Mapping[str, Any]) -> tuple[dict[str,
             continue
         for value in (params[name], read_number(params[name])):
             try:
-                values[name] = TypeAdapter(parameter.type, config=FINITE).validate_json(json.dumps(value), strict=True)
+                values[name] = TypeAdapter(parameter.type, config=finite).validate_json(json.dumps(value), strict=True)
                 break
             except ValidationError:
                 continue

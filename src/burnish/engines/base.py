@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from burnish.core.errors import BurnishError, ConfigError
+from burnish.core.errors import BurnishError, ConfigError, DataError
 from burnish.core.records import Sampling, Spend, Trajectory
 
-Capability = Literal["fork", "logprobs", "score"]
+Capability = Literal["fork", "ids", "logprobs", "score"]
 MEANING: dict[str, str] = {
     "fork": "continue one prefix several times without reading it again",
+    "ids": "report the token ids it sampled",
     "logprobs": "report the log-probability of the tokens it sampled",
     "score": "give log-probabilities of tokens it did not sample",
 }
@@ -113,15 +114,71 @@ class Engine(Protocol):
         ...
 
 
+class Nodes:
+    """The nodes of an engine that holds nothing but their ids: the same tokens in the same place are one node."""
+
+    weights_version: str
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[Node | None, tuple[int, ...]], Node] = {}
+        self._made = 0
+
+    def reading(self, ids: tuple[int, ...]) -> Spend:
+        """What making a node of these tokens costs now."""
+        return NOTHING
+
+    def prefill(self, ids: Sequence[int], parent: Node | None = None) -> Node:
+        """See Engine. Raises DataError without tokens."""
+        name = parent, tuple(ids)
+        if not name[1]:
+            raise DataError("a node needs at least one token", where="prefill")
+        if name in self._nodes:
+            self._nodes[name].uses += 1
+        else:
+            if parent is not None:
+                self._held(parent).uses += 1
+            self._made += 1
+            self._nodes[name] = Node(
+                f"n{self._made}", name[1], parent, self.weights_version, self.reading(name[1])
+            )
+        return self._nodes[name]
+
+    def fork(self, node: Node, k: int) -> list[Node]:
+        """See Engine."""
+        self._held(node).uses += k
+        return [node] * k
+
+    def free(self, node: Node) -> None:
+        """See Engine."""
+        current: Node | None = self._held(node)
+        while current is not None:
+            current.uses -= 1
+            if current.uses:
+                return
+            del self._nodes[current.parent, current.ids]
+            current = current.parent
+
+    @property
+    def held(self) -> int:
+        """Nodes not freed yet: 0 when a strategy has cleaned up after itself."""
+        return len(self._nodes)
+
+    def _held(self, node: Node) -> Node:
+        if node.uses < 1:
+            raise StaleNodeError("was freed", where=f"node {node.id}", remedy="prefill its tokens again")
+        return node
+
+
 def need(engine: Engine, who: str, *capabilities: Capability) -> None:
     """Raise ConfigError, in words, where `who` needs what the engine cannot do."""
     missing = [c for c in capabilities if c not in engine.can]
     if missing:
         offers = ", ".join(sorted(engine.can)) or "sampling only"
+        inner = getattr(engine, "engine", engine)  # a pool offers what its engine does
         raise ConfigError(
             f"needs an engine that can {' and '.join(MEANING[c] for c in missing)}",
             where=who,
-            remedy=f"{type(engine).__name__} offers: {offers}; use the local engine",
+            remedy=f"{type(inner).__name__} offers: {offers}; use the local engine",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from burnish.core.errors import DataError
 from burnish.core.records import Finish, Sampling, Span, Spend, Trajectory
-from burnish.engines.base import NOTHING, Node, StaleNodeError, check_rows, check_sampling, cut
+from burnish.engines.base import NOTHING, Node, Nodes, check_rows, check_sampling, cut
 
 
 def _bytes(text: str) -> list[int]:
@@ -17,7 +17,7 @@ def _text(ids: Sequence[int]) -> str:
     return bytes(ids).decode(errors="replace")
 
 
-class Scripted:
+class Scripted(Nodes):
     """See engines.base.Engine. Sample s of item i is `scripts[i][s]`, round again at their end; greedy is the first.
 
     A script is ids, or text that `encode` turns into ids (a token a byte unless given). Every token has log-probability
@@ -37,51 +37,15 @@ class Scripted:
             item: [tuple(encode(s) if isinstance(s, str) else s) for s in texts] for item, texts in scripts.items()
         }
         self.decode, self.logprob, self.weights_version = decode, logprob, weights_version
-        self.can = frozenset({"fork"} if logprob is None else {"fork", "logprobs", "score"})
+        super().__init__()
+        self.can = frozenset({"fork", "ids"} if logprob is None else {"fork", "ids", "logprobs", "score"})
         self.spend = NOTHING
-        self._nodes: dict[tuple[Node | None, tuple[int, ...]], Node] = {}
-        self._made = 0
 
-    def prefill(self, ids: Sequence[int], parent: Node | None = None) -> Node:
-        """See engines.base."""
-        name = parent, tuple(ids)
-        if not name[1]:
-            raise DataError("a node needs at least one token", where="prefill")
-        if name in self._nodes:
-            self._nodes[name].uses += 1
-        else:
-            self._made += 1
-            cost = Spend(prefill_tokens=len(name[1]))
-            self._nodes[name] = Node(f"n{self._made}", name[1], parent, self.weights_version, cost)
-            self.spend += cost
-            if parent is not None:
-                self._held(parent).uses += 1
-        return self._nodes[name]
-
-    def fork(self, node: Node, k: int) -> list[Node]:
-        """See engines.base."""
-        self._held(node).uses += k
-        return [node] * k
-
-    def free(self, node: Node) -> None:
-        """See engines.base."""
-        current: Node | None = self._held(node)
-        while current is not None:
-            current.uses -= 1
-            if current.uses:
-                return
-            del self._nodes[current.parent, current.ids]
-            current = current.parent
-
-    @property
-    def held(self) -> int:
-        """Nodes not freed yet: 0 when a strategy has cleaned up after itself."""
-        return len(self._nodes)
-
-    def _held(self, node: Node) -> Node:
-        if node.uses < 1:
-            raise StaleNodeError("was freed", where=f"node {node.id}", remedy="prefill its tokens again")
-        return node
+    def reading(self, ids: tuple[int, ...]) -> Spend:
+        """Every token of a new node is read once."""
+        cost = Spend(prefill_tokens=len(ids))
+        self.spend += cost
+        return cost
 
     def sample(self, nodes: Sequence[Node], sampling: Sampling, keys: Sequence[tuple[int, int]]) -> list[Trajectory]:
         """See engines.base. Raises DataError for an item without a script."""

@@ -90,11 +90,11 @@ def evaluate(
     measured: dict[str, float] = {}
     chosen_on = "given"
     if validation and candidates and any(b.spec.name != "greedy" for b in bound):
-        deciding = _deciding(bound)
-        measured = _measure(pool, chat, task, validation, deciding, sampling, candidates)
+        by = deciding(bound)
+        measured = _measure(pool, chat, task, validation, by, sampling, candidates)
         best = max(measured.values())
         sampling = replace(sampling, temperature=min(float(t) for t, a in measured.items() if a == best))
-        chosen_on = f"validation, n={len(validation)}, {deciding.name}"
+        chosen_on = f"validation, n={len(validation)}, {by.name}"
     prompts, judge, budget = prompts_of(chat, items), judge_of(task, items), Budget(sampling)
     outcomes = {b: b.run(pool, prompts, judge, budget) for b in bound}
     grades = {b: _grades(task, items, found) for b, found in outcomes.items()}
@@ -132,7 +132,7 @@ def evaluate(
     }
 
 
-def _deciding(bound: Sequence[Bound]) -> Bound:
+def deciding(bound: Sequence[Bound]) -> Bound:
     """The temperature serves whatever answers from most samples (of equals the first); without such, a single sample."""
     choosing = [b for b in bound if "n" in b.parameters and not b.oracle]
     return max(choosing, key=lambda b: b.parameters["n"]) if choosing else strategy("sample")

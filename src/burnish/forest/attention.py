@@ -22,6 +22,8 @@ given as a keyword argument of the body,
 the plan for training and scoring, `Dense` the same function written as one masked block, its oracle. The engine's plans
 are built from `attend_block` and `merge`.
 
+On CUDA in half precision a few variable-length calls take the place of the blocks (`cuda`).
+
 FLOPs. A plan counts the matrix products it launches: 2 H (D + Dv) a (query, key) pair forward, and 2 H (3 D + 2 Dv)
 backward (scores again, dV, dP, dQ, dK: 2.5 times the forward where D = Dv). A block of m rows and n keys has m n pairs;
 a causal block has n(n+1)/2 on the stock kernel, which skips hidden tiles, and on the three-product path the sum over
@@ -36,7 +38,7 @@ a block; "wide" is float32, or the inputs' dtype where that is wider.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +47,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from burnish.core.errors import ConfigError
+from burnish.forest import cuda
 from burnish.forest.blocks import Band, Kernel, attend_block, kernel_for, merge, wide_dtype
 from burnish.forest.stream import Layout
 
@@ -90,11 +93,17 @@ class Plan(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """The next `rows` rows of the stream and where the keys of their first block lie; None: there, causally."""
+    """The next `rows` rows of the stream and where the keys of their first block lie; None: there, causally.
+
+    segments: how many segments of one length these rows are, run as one batch
+    shared: whether segments below these see their keys too
+    """
 
     rows: int
     keys: slice | Tensor | None = None
     band: Band | None = None
+    segments: int = 1
+    shared: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +114,21 @@ class _Program:
     rectangles: tuple[tuple[slice, slice], ...]
 
     @property
-    def keys_are_shared(self) -> bool:
-        """Whether a key takes part in several blocks, so that its gradient is a sum."""
-        return bool(self.rectangles) or any(p.keys is not None for p in self.pieces)
+    def is_one_block(self) -> bool:
+        """Whether there is one causal block and nothing else."""
+        return len(self.pieces) == 1 and self.pieces[0].segments == 1 and self.pieces[0].keys is None
 
-    def pairs(self, heads: int, kernel: Kernel) -> int:
-        """(query, key) pairs of one head that a forward launches."""
+    @property
+    def keys_are_gathered(self) -> bool:
+        """Whether pieces reach for keys outside their rows, so that gradients of keys are sums from the start."""
+        return any(p.keys is not None for p in self.pieces)
+
+    def pairs(self, heads: int, causal_pairs: Callable[[int, int], int]) -> int:
+        """(query, key) pairs of one head that a forward or a backward launches."""
         total = sum((r.stop - r.start) * (c.stop - c.start) for r, c in self.rectangles)
         for p in self.pieces:
-            total += kernel.causal_pairs(p.rows, heads) if p.band is None else p.band.seen.numel()
+            own = causal_pairs(p.rows // p.segments, heads * p.segments) if p.band is None else p.band.seen.numel()
+            total += p.segments * own
         return total
 
 
@@ -128,7 +143,7 @@ class Forest:
         self.layout = layout
         self.flops = 0
         self.flops_backward = 0
-        self._programs: dict[tuple[int | None, torch.device], _Program] = {}
+        self._programs: dict[tuple[int | None, torch.device, bool], _Program | cuda.Program] = {}
 
     def __call__(
         self,
@@ -143,12 +158,13 @@ class Forest:
     ) -> Tensor:
         """q [1,H,T,D], k [1,Hk,T,D], v [1,Hk,T,Dv], sinks [H] -> out [1,H,T,Dv], laid out token by token."""
         _check(self.layout, layer, q, k, window)
-        return _ForestAttention.apply(q, k, v, sinks, self, self._program(window, q.device), scale, softcap)
+        program = self._program(window, q.device, cuda.applies(q, v, softcap))
+        return _ForestAttention.apply(q, k, v, sinks, self, program, scale, softcap)
 
-    def _program(self, window: int | None, device: torch.device) -> _Program:
-        key = window, device
+    def _program(self, window: int | None, device: torch.device, varlen: bool) -> _Program | cuda.Program:
+        key = window, device, varlen
         if key not in self._programs:
-            self._programs[key] = _lay_out(self.layout, window, device)
+            self._programs[key] = (cuda.lay_out if varlen else _lay_out)(self.layout, window, device)
         return self._programs[key]
 
 
@@ -227,8 +243,14 @@ def _lay_out(layout: Layout, window: int | None, device: torch.device) -> _Progr
         if window is not None and longest[layout.root[i]] > window:
             pieces.extend(_windowed(layout, i, window, bands, device))
             continue
-        pieces.append(_Piece(n))
-        if (end := layout.subtree_end(i)) > s + n:
+        end = layout.subtree_end(i)
+        shared = end > s + n
+        last = pieces[-1] if pieces else None
+        if last and not shared and not last.shared and last.keys is None and last.rows == n * last.segments:
+            pieces[-1] = _Piece(last.rows + n, segments=last.segments + 1)
+        else:
+            pieces.append(_Piece(n, shared=shared))
+        if shared:
             rectangles.append((slice(s + n, end), slice(s, s + n)))
     return _Program(tuple(pieces), tuple(rectangles))
 
@@ -267,6 +289,11 @@ def _put(x: Tensor, keys: slice | Tensor, more: Tensor) -> None:
         x.index_add_(2, keys, more.to(x.dtype))
 
 
+def _batched(x: Tensor, segments: int) -> Tensor:
+    """[1, H, segments * n, ...] -> its view [segments, H, n, ...]."""
+    return x.unflatten(2, (segments, -1))[0].transpose(0, 1)
+
+
 def _token_major(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """[1, H, T, width] stored as [T, H, width]: a segment is contiguous, and so is the model's view of the output."""
     heads, rows = like.shape[1:3]
@@ -281,9 +308,12 @@ class _ForestAttention(torch.autograd.Function):
         q, k, v, sinks, plan, program, scale, softcap = given
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the stock kernel reads rows whole
         kernel, heads = kernel_for(q, v, softcap), q.shape[1]
-        pairs = program.pairs(heads, kernel)
+        varlen = isinstance(program, cuda.Program)
+        pairs = program.pairs if varlen else program.pairs(heads, kernel.causal_pairs)
         plan.flops += 2 * heads * pairs * (q.shape[-1] + v.shape[-1])
-        if len(program.pieces) == 1:
+        if varlen:
+            out, lse = cuda.forward(program, q, k, v, scale)
+        elif program.is_one_block:
             out, lse = kernel.forward(q, k, v, "causal", scale, softcap)
         else:
             out, lse = _blocks_forward(kernel, q, k, v, program, scale, softcap)
@@ -292,18 +322,22 @@ class _ForestAttention(torch.autograd.Function):
             out, lse = out * (lse - total).exp_()[..., None], total
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
-        ctx.rest = kernel, plan, program, scale, softcap, pairs
+        ctx.rest = kernel, plan, program, scale, softcap
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        kernel, plan, program, scale, softcap, pairs = ctx.rest
+        kernel, plan, program, scale, softcap = ctx.rest
+        varlen = isinstance(program, cuda.Program)
+        pairs = program.pairs if varlen else program.pairs(q.shape[1], kernel.causal_pairs_backward or kernel.causal_pairs)
         plan.flops_backward += 2 * q.shape[1] * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        if len(program.pieces) == 1:
+        if varlen:
+            dq, dk, dv = cuda.backward(program, dout, q, k, v, out, lse, scale)
+        elif program.is_one_block:
             dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, "causal", scale, softcap)
         else:
             dq, dk, dv = _blocks_backward(kernel, dout, q, k, v, out, lse, program, scale, softcap)
@@ -327,6 +361,8 @@ def _blocks_forward(
     for piece, qx, kx, vx, ox, lx in zip(program.pieces, *columns):
         if piece.keys is not None:
             kx, vx = _take(k, piece.keys), _take(v, piece.keys)
+        if piece.segments > 1:
+            qx, kx, vx, ox, lx = (_batched(x, piece.segments) for x in (qx, kx, vx, ox, lx))
         o, l = kernel.forward(qx, kx, vx, piece.band or "causal", scale, softcap)
         ox.copy_(o)
         lx.copy_(l)
@@ -348,15 +384,18 @@ def _blocks_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, sums = lse.dtype, program.keys_are_shared
+    wide, gathered = lse.dtype, program.keys_are_gathered
     dq = _token_major(q, q.shape[-1], wide if program.rectangles else q.dtype)
-    dk, dv = (_token_major(x, x.shape[-1], wide if sums else x.dtype) for x in (k, v))
-    if sums:
+    dk, dv = (_token_major(x, x.shape[-1], wide if program.rectangles or gathered else x.dtype) for x in (k, v))
+    if gathered:
         dk.zero_()
         dv.zero_()
     rows = [p.rows for p in program.pieces]
     columns = (x.split_with_sizes(rows, 2) for x in (dout, q, k, v, out, lse, dq, dk, dv))
-    for piece, gx, qx, kx, vx, ox, lx, dqx, dkx, dvx in zip(program.pieces, *columns):
+    for piece, *column in zip(program.pieces, *columns):
+        if piece.segments > 1:
+            column = [_batched(x, piece.segments) for x in column]
+        gx, qx, kx, vx, ox, lx, dqx, dkx, dvx = column
         if piece.keys is not None:
             kx, vx = _take(k, piece.keys), _take(v, piece.keys)
         x, y, z = kernel.backward(gx, qx, kx, vx, ox, lx, piece.band or "causal", scale, softcap)
@@ -364,10 +403,10 @@ def _blocks_backward(
         if piece.keys is not None:
             _put(dk, piece.keys, y)
             _put(dv, piece.keys, z)
-        elif sums:
+        elif gathered:
             dkx.add_(y)
             dvx.add_(z)
-        else:
+        else:  # the first block of these keys: what rectangles add comes after
             dkx.copy_(y)
             dvx.copy_(z)
     for r, c in program.rectangles:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ class Micro:
 
     items [M]  the batch's entry for each entry of `view`, ascending
     units [U]  the batch's unit for each unit of this micro-batch, ascending (one without labels is listed too)
+    share      its part of the batch's tokens, each counted once for every sequence it is in; the shares add up to 1
     """
 
     stream: Stream
     view: LossView
     items: Tensor
     units: Tensor
+    share: float = 1.0
 
 
 class Batch:
@@ -53,47 +56,61 @@ class Batch:
         """M of the whole batch."""
         return len(self.unit)
 
-    def split(self, token_budget: int) -> list[Micro]:
-        """Micro-batches of at most `token_budget` stream tokens, by first-fit decreasing over whole trees.
+    def split(self, token_budget: int, label_budget: int | None = None) -> list[Micro]:
+        """Micro-batches of at most `token_budget` stream tokens and, where given, `label_budget` labels (an upper bound
+        of head rows: those that units share are counted once each), by first-fit decreasing over whole trees.
 
-        A tree larger than the budget is a micro-batch of its own. Within one, trees keep the order of the batch.
-        Deterministic, O(n log n). Raises ConfigError where the budget is not positive.
+        A tree larger than a budget is a micro-batch of its own. Within one, trees keep the order of the batch.
+        Deterministic, O(n log n) for tokens alone. Raises ConfigError where a budget is not positive.
         """
-        if token_budget < 1:
-            raise ConfigError(f"{token_budget} tokens hold nothing", where="token_budget", remedy="give at least 1")
+        for name, budget in (("token_budget", token_budget), ("label_budget", label_budget)):
+            if budget is not None and budget < 1:
+                raise ConfigError(f"{budget} {name[:5]}s hold nothing", where=name, remedy="give at least 1")
         first_unit, first_entry = [0], [0]
         for tree in self.trees:
             first_unit.append(first_unit[-1] + len(tree.units))
             first_entry.append(first_entry[-1] + sum(len(unit.labels) for unit in tree.units))
+        size = [tree.size for tree in self.trees]
+        labels = [b - a for a, b in pairwise(first_entry)] if label_budget is not None else [0] * len(size)
+        streams: list[tuple[Stream, list[int]]] = []
+        for members in _first_fit_decreasing(size, token_budget, labels, label_budget or 0):
+            streams.append((Stream.of([self.trees[i] for i in members]), members))
+        counted = [int(stream.layout.paths.sum()) for stream, _ in streams]
         micros: list[Micro] = []
-        for members in _first_fit_decreasing([tree.size for tree in self.trees], token_budget):
-            trees = [self.trees[i] for i in members]
+        for (stream, members), tokens in zip(streams, counted):
+            view = LossView.of([self.trees[i] for i in members])
             items = [torch.arange(first_entry[i], first_entry[i + 1]) for i in members]
             units = [torch.arange(first_unit[i], first_unit[i + 1]) for i in members]
-            micros.append(Micro(Stream.of(trees), LossView.of(trees), torch.cat(items), torch.cat(units)))
+            micros.append(Micro(stream, view, torch.cat(items), torch.cat(units), tokens / sum(counted)))
         return micros
 
 
-def _first_fit_decreasing(size: Sequence[int], budget: int) -> list[list[int]]:
+def _first_fit_decreasing(size: Sequence[int], budget: int, labels: Sequence[int], label_budget: int) -> list[list[int]]:
     """Bins of indices, ascending within a bin, bins ordered by their first member.
 
-    A tournament tree over the free space of the bins finds the leftmost bin that fits in O(log n).
+    A tournament tree holds the most free tokens and the most free labels below each node. With one budget its leftmost
+    bin that fits is found in O(log n); with two, both maxima may promise what no bin below keeps, and the search returns.
     """
     leaves = 1 << (len(size) - 1).bit_length()
-    free = [budget] * (2 * leaves)
+    free, spare = [budget] * (2 * leaves), [label_budget] * (2 * leaves)
     bins: dict[int, list[int]] = {}
-    for item in sorted(range(len(size)), key=lambda i: (-size[i], i)):
-        if size[item] > budget:
+    for item in sorted(range(len(size)), key=lambda i: (-size[i], -labels[i], i)):
+        if size[item] > budget or labels[item] > label_budget:
             bins[-1 - item] = [item]
             continue
-        node = 1
-        while node < leaves:
-            node *= 2
-            if free[node] < size[item]:
-                node += 1
+        open_nodes = [1]
+        while True:  # a bin that is still empty fits: there is one for each item
+            node = open_nodes.pop()
+            if free[node] < size[item] or spare[node] < labels[item]:
+                continue
+            if node >= leaves:
+                break
+            open_nodes += (2 * node + 1, 2 * node)
         bins.setdefault(node, []).append(item)
         free[node] -= size[item]
+        spare[node] -= labels[item]
         while node > 1:
             node //= 2
             free[node] = max(free[2 * node], free[2 * node + 1])
+            spare[node] = max(spare[2 * node], spare[2 * node + 1])
     return sorted(sorted(members) for members in bins.values())

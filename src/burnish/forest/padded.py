@@ -24,6 +24,16 @@ def padded_hidden(body: torch.nn.Module, stream: Stream, *, token_budget: int = 
 
     Raises ConfigError where the body is set to forest attention: that would discard the padding mask in silence.
     """
+    return padded_outputs(body, stream, token_budget=token_budget)[0]
+
+
+def padded_outputs(
+    body: torch.nn.Module, stream: Stream, *, router_logits: bool = False, token_budget: int = 16384
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`padded_hidden`, and where they are asked for the router logits of each routed layer, [T, experts] in stream order.
+
+    Raises ConfigError where the body is set to forest attention: that would discard the padding mask in silence.
+    """
     config = getattr(body, "config", None)
     if getattr(config, "_attn_implementation", None) == NAME:
         raise ConfigError(
@@ -37,7 +47,7 @@ def padded_hidden(body: torch.nn.Module, stream: Stream, *, token_budget: int = 
     limit = rotation_limit(config)
     if limit is not None and layout.longest > limit:
         token_budget = 1  # one row a call: a long one would change the others
-    hidden: list[Tensor] = []
+    found: list[tuple[Tensor, ...]] = []
     place: dict[int, int] = {}  # of each path's first token among all computed positions
     computed = 0
     for leaves in _batches(layout, token_budget):
@@ -50,19 +60,24 @@ def padded_hidden(body: torch.nn.Module, stream: Stream, *, token_budget: int = 
             mask[r, :n] = 1
             place[leaf] = computed + r * width
         given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if router_logits:
+            given["output_router_logits"] = True
         if "position_ids" in accepted:
             given["position_ids"] = torch.arange(width, device=ids.device).expand_as(ids)
         # no causal row sees what stands to its right: the mask is for models that build their biases from it
         if "attention_mask" in accepted and not bool(mask.all()):
             given["attention_mask"] = mask
-        hidden.append(body(**given).last_hidden_state.flatten(0, 1))
+        out = body(**given)
+        routed = out.router_logits if router_logits else ()
+        found.append((out.last_hidden_state.flatten(0, 1), *(x.reshape(-1, x.shape[-1]) for x in routed)))
         computed += ids.numel()
     taken = torch.full((layout.size,), -1)
     for leaf in layout.leaves:
         path = rows[leaf]
         new = taken[path] < 0
         taken[path[new]] = place[leaf] + torch.arange(len(path))[new]
-    return torch.cat(hidden).index_select(0, taken.to(tokens.device))
+    hidden, *routed = (torch.cat(parts).index_select(0, taken.to(tokens.device)) for parts in zip(*found))
+    return hidden, tuple(routed)
 
 
 def padded_positions(layout: Layout, *, token_budget: int = 16384) -> int:

@@ -126,6 +126,17 @@ class Layout:
         return tuple(i for i in range(len(self.parent)) if i not in inner)
 
     @cached_property
+    def paths(self) -> Tensor:
+        """[T] how many root-to-leaf sequences run through each row: the copies that separate rows would make of it."""
+        below = [0] * len(self.parent)
+        for leaf in self.leaves:
+            below[leaf] = 1
+        for i in range(len(self.parent) - 1, -1, -1):
+            if (p := self.parent[i]) >= 0:
+                below[p] += below[i]
+        return torch.tensor(below).repeat_interleave(torch.tensor(self.length))
+
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence, root to leaf."""
         return max(f + n for f, n in zip(self.first_position, self.length))

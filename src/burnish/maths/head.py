@@ -446,7 +446,11 @@ class _Formed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         g: Tensor = grad_outputs[0]
         gradients: tuple[Tensor | None, ...] = ctx.saved_tensors
+        if ctx.to_sink is None:
+            raise _misfit("the weight's gradient is in the sink already", "backward", "run the forward again")
         sink, deferred, formed = ctx.to_sink
+        if deferred is not None or formed is not None:
+            ctx.to_sink = None  # logits of a chunk, or a gradient as large as the weight, would stay through the whole backward
         if deferred is not None:
             z, hidden = deferred
             add_product(sink, z, hidden * g.to(hidden.dtype), False, _TILE.get(z.device.type, _TILE_ELSEWHERE))

@@ -34,7 +34,7 @@ from burnish.maths.head import Objective
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
 from burnish.models.reference import Reference
 from burnish.rewards.scoring import Rewards
-from burnish.train.method import Work
+from burnish.train.method import Hooks, Work
 
 KEPT_ROUNDS = 50  # of trajectories on disk, besides the first two
 # what a round can make; the rest of what the algebra may want has to come from a reward or a critic
@@ -97,7 +97,7 @@ class Round:
         return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], Spend(**head["spend"]), head["facts"])
 
 
-class PolicyGradient:
+class PolicyGradient(Hooks):
     """See module. One optimiser step is one part of a round; `batches(step)` is a pure function of the step."""
 
     validation = ()
@@ -164,7 +164,8 @@ class PolicyGradient:
                 if path is not None:
                     self._round.write(path)
                     self._retire(number)
-            work.facts |= self._round.facts
+            if not inside:
+                work.facts |= self._round.facts
         part = range(inside % self.updates, len(self._round.questions), self.updates)
         self._columns(policy, work, self._round, part)
 
@@ -218,6 +219,7 @@ class PolicyGradient:
         asked = [self.questions[chosen[q]] for q in owner]
         names = dict.fromkeys(name for question in asked for name in question.columns)
         columns = {name: [question.columns.get(name) for question in asked] for name in names}
+        columns["completion_ids"] = [list(t.completion) for t in every]
         shown = [question.shown for question in asked]
         said: list[Any] = [t.text for t in every]
         if not isinstance(shown[0], str):

@@ -42,7 +42,7 @@ def lora(
             remedy=f"this model has {', '.join(names)}",
         ) from error
     adapted = Policy(model, policy.tokenizer, source=policy.source, probe=False)
-    adapted.logit_map, adapted.why_not_shared = policy.logit_map, policy.why_not_shared
+    adapted.logit_map, adapted.why_not_shared, adapted.router = policy.logit_map, policy.why_not_shared, policy.router
     adapted.decisions, adapted.version = policy.decisions, policy.version
     return adapted
 
@@ -52,14 +52,14 @@ ADAPTERS = Table("adapter", {"lora": lora}, about={"lora": About(taxonomy=("E13"
 
 def probe_logits(model: Any, vocabulary: int) -> torch.Tensor:
     """Logits [8, V] of a fixed short prompt, in fp32."""
-    ids = (torch.arange(8)[None] * 7 + 3) % vocabulary
+    ids = (torch.arange(8, device=next(model.parameters()).device)[None] * 7 + 3) % vocabulary
     with torch.no_grad():
         if hasattr(model, "config") and getattr(model.config, "_attn_implementation", "") == "burnish_forest":
             from burnish.forest.attention import Forest
             from burnish.forest.stream import Layout
 
             plan = Forest(Layout((8,), (-1,)))
-            return model(input_ids=ids, position_ids=torch.arange(8)[None], plan=plan, use_cache=False).logits[0].float()
+            return model(input_ids=ids, position_ids=torch.arange(8, device=ids.device)[None], plan=plan, use_cache=False).logits[0].float()
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
@@ -83,7 +83,7 @@ def merge(policy: Policy) -> Policy:
     before = probe_logits(policy.model, vocabulary)
     model = policy.model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     merged = Policy(model, policy.tokenizer, source=policy.source, probe=False)
-    merged.logit_map, merged.why_not_shared = policy.logit_map, policy.why_not_shared
+    merged.logit_map, merged.why_not_shared, merged.router = policy.logit_map, policy.why_not_shared, policy.router
     merged.decisions, merged.version = policy.decisions, policy.version + 1
     after = probe_logits(model, vocabulary)
     error = float((after - before).norm() / before.norm())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import time
 from importlib import resources
@@ -119,10 +120,36 @@ def check_folder(folder: Path) -> None:
                 )
 
 
-def choose_dtype(hidden: int, intermediate: int) -> dict[str, Any]:
-    """Measure this machine's GEMM in both dtypes at the model's own width; bf16 must win by a quarter to be worth its rounding."""
-    if torch.cuda.is_available():
-        return {"value": "bfloat16", "why": "CUDA device", "measured": {}}
+def choose_device(wanted: str | torch.device = "auto") -> dict[str, Any]:
+    """The device a policy lives on, as a decision: `auto` is cuda where torch sees one, else cpu.
+
+    Raises MachineError where the one asked for is not there, ConfigError for a name that is none.
+    """
+    name, seen = str(wanted), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = "cpu" + "".join(f", cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(seen))
+    if name == "auto":
+        value = "cuda" if seen else "cpu"
+        why = f"of what is there: {there}" if seen else "torch sees no CUDA device"
+        return {"value": value, "why": why, "measured": {}}
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"{name!r} is not a device", where="device", remedy="type auto, cpu or cuda")
+    number = int(name.partition(":")[2] or 0)
+    if name != "cpu" and number >= seen:
+        built = torch.version.cuda
+        why = f"torch {torch.__version__} was built without CUDA" if built is None else f"built for CUDA {built}, torch sees {seen}"
+        raise MachineError(f"{name} is not there: {why}", where="device", remedy=f"type device: auto or cpu; there is: {there}")
+    return {"value": name, "why": "as asked", "measured": {}}
+
+
+def choose_dtype(hidden: int, intermediate: int, device: torch.device) -> dict[str, Any]:
+    """Measure this machine's GEMM in both dtypes at the model's own width; bf16 must win by a quarter to be worth its rounding.
+
+    On CUDA it wins wherever the hardware has it.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = f"{torch.cuda.get_device_name(device)} {'computes' if native else 'does not compute'} in bf16"
+        return {"value": "bfloat16" if native else "float32", "why": why, "measured": {}}
     times: dict[str, float] = {}
     for name in ("float32", "bfloat16", "float32", "bfloat16"):
         a = torch.randn(512, hidden, dtype=DTYPES[name])
@@ -141,7 +168,7 @@ def choose_dtype(hidden: int, intermediate: int) -> dict[str, Any]:
     return {"value": value, "why": why, "measured": {k: round(512 * hidden * intermediate * 2 / v / 1e9, 1) for k, v in times.items()}}
 
 
-def load_policy(source: str | Path, *, dtype: Dtype | torch.dtype = "auto", device: str = "cpu", probe: bool = True) -> Policy:
+def load_policy(source: str | Path, *, dtype: Dtype | torch.dtype = "auto", device: str | torch.device = "auto", probe: bool = True) -> Policy:
     """Load a Policy. A PEFT folder is loaded on its base model and merged (with the parity check of `adapters.merge`).
 
     Raises ConfigError (no such model, pickled weights, remote code), StorageError (damaged or missing files),
@@ -149,7 +176,8 @@ def load_policy(source: str | Path, *, dtype: Dtype | torch.dtype = "auto", devi
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    where = resolve(source)
+    where, placed = resolve(source), choose_device(device)
+    device = torch.device(placed["value"])
     options: dict[str, Any] = {"trust_remote_code": False}
     if isinstance(where, Path):
         check_folder(where)
@@ -162,7 +190,7 @@ def load_policy(source: str | Path, *, dtype: Dtype | torch.dtype = "auto", devi
         if isinstance(dtype, str):
             if dtype == "auto":
                 text = config.get_text_config()
-                chosen = choose_dtype(text.hidden_size, int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size))
+                chosen = choose_dtype(text.hidden_size, int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size), device)
                 dtype = chosen["value"]
             dtype = DTYPES[str(dtype)]
         model: Any = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportArgumentType]  (decorated at run time)
@@ -181,13 +209,17 @@ def load_policy(source: str | Path, *, dtype: Dtype | torch.dtype = "auto", devi
                 remedy="check the name and the network, or download the folder and name its path",
             ) from error
         raise StorageError(f"cannot be loaded: {str(error).splitlines()[0]}", where=str(where)) from error
-    policy = Policy(model.to(device).eval(), tokenizer, source=str(source), probe=probe)
+    try:
+        policy = Policy(model.to(device).eval(), tokenizer, source=str(source), probe=probe)
+    except torch.OutOfMemoryError as error:
+        raise MachineError(f"not enough memory on {device}: {error}", where=str(source), remedy="use dtype: bfloat16, a smaller model or device: cpu") from error
+    policy.decisions["device"] = placed
     if chosen is not None:
         policy.decisions["dtype"] = chosen
     return policy
 
 
-def _load_adapted(folder: Path, *, dtype: Dtype | torch.dtype, device: str, probe: bool) -> Policy:
+def _load_adapted(folder: Path, *, dtype: Dtype | torch.dtype, device: torch.device, probe: bool) -> Policy:
     from peft import PeftModel
     from transformers import AutoTokenizer
 
@@ -203,3 +235,30 @@ def _load_adapted(folder: Path, *, dtype: Dtype | torch.dtype, device: str, prob
     adapted = Policy(PeftModel.from_pretrained(base.model, folder).eval(), tokenizer, source=str(folder), probe=probe)
     adapted.decisions.update(base.decisions)
     return merge(adapted)
+
+
+def known(source: str) -> bool:
+    """Whether `source` is a bundled name, a folder, or has the form of a hub id."""
+    try:
+        resolve(source)
+    except ConfigError:
+        return False
+    return True
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """A model's tokenizer alone, without its weights. Raises ConfigError, StorageError, MachineError (unreachable hub)."""
+    from transformers import AutoTokenizer
+
+    where = resolve(source)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=isinstance(where, Path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(where, Path):
+            raise StorageError(f"holds no tokenizer that can be loaded: {reason}", where=str(where)) from error
+        raise MachineError(
+            f"cannot fetch the tokenizer of {where!r} from the hub: {reason}",
+            where="tokenizer",
+            remedy="check the name and the network, or name a folder that holds it: --tokenizer FOLDER",
+        ) from error

@@ -7,6 +7,7 @@ model that is given a plan (forest attention); the head never makes logits beyon
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from burnish.core.errors import MachineError
 from burnish.core.records import ModelShape
+from burnish.forest import cuda
 from burnish.forest.attention import NAME, Forest, register
 from burnish.forest.pack import Micro
-from burnish.forest.padded import padded_hidden, padded_positions
+from burnish.forest.padded import padded_outputs, padded_positions
 from burnish.forest.probe import why_not
-from burnish.forest.stream import Stream
+from burnish.forest.stream import Stream, Tree
 from burnish.maths.head import (
     LogitMap,
     Objective,
@@ -29,6 +31,8 @@ from burnish.maths.head import (
     head_loss,
     recomputed_rows,
 )
+from burnish.models.recompute import Checkpointing, layers_of, recomputed, recomputed_parameters
+from burnish.models.router import Router, find_router
 from burnish.models.shape import shape_of
 
 
@@ -36,12 +40,15 @@ from burnish.models.shape import shape_of
 class Output:
     """loss: scalar with a graph; logprobs [M]: detached, in the micro-batch's entry order.
 
+    router_loss: what a mixture of experts added to `loss` for uneven routing, a detached scalar; None where it adds
+    nothing (see `models/router.py` for when it does).
     executed_flops(backward=True) is known once the backward has run: it includes what the plan then launched.
     """
 
     loss: Tensor
     logprobs: Tensor
     executed_flops: Callable[[bool], int]
+    router_loss: Tensor | None = None
 
 
 class Policy(nn.Module):
@@ -53,6 +60,8 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.source = source
         self.version = 0
+        self.checkpointing: Checkpointing = "off"
+        self._recomputed: int | None = None
         self.decisions: dict[str, dict[str, Any]] = {}
         # parameter -> fp32 buffer that sums its gradient, while one process's optimiser holds them (train/optim.py)
         self.sinks: dict[nn.Parameter, Tensor] = {}
@@ -63,15 +72,23 @@ class Policy(nn.Module):
         self._base = [base]
         self.logit_map = LogitMap()
         self.why_not_shared: str | None = None
+        self.router: Router | None = None
         if probe:
             self.logit_map = find_logit_map(base, self.body, self.head_weight(), self.head_bias())
+            self.router = find_router(base, self.body)
             self.why_not_shared = why_not(base, self.body)
             if self.why_not_shared is None:
                 base.set_attn_implementation(register())
                 how = "forest attention agrees with separate rows"
+                if self.device.type == "cuda":
+                    slow = cuda.why_not(self.dtype, self.shape.key_width, self.device.index)
+                    how += ", by variable-length flash calls" if slow is None else f", by three products: {slow}"
             else:
                 how = f"rows are padded and prefixes are not shared: {self.why_not_shared}"
             self.decisions["attention"] = {"value": "forest" if self.why_not_shared is None else "padded", "why": how, "measured": {}}
+            if self.router is not None:
+                how = "the model's configuration says output_router_logits and gives router_aux_loss_coef"
+                self.decisions["router_loss"] = {"value": self.router.coefficient, "why": how, "measured": {}}
 
     @property
     def base(self) -> Any:
@@ -119,22 +136,52 @@ class Policy(nn.Module):
                 module.train(mode)
         return self
 
-    def hidden(self, stream: Stream, plan: Any = None) -> Tensor:
-        """[T, H] for a packed stream."""
-        if self.why_not_shared is not None:
-            return padded_hidden(self.body, stream)
-        out = self.body(
-            input_ids=stream.tokens[None].to(self.device),
-            position_ids=stream.layout.position[None].to(self.device),
-            plan=plan if plan is not None else Forest(stream.layout),
-            use_cache=False,
-        )
-        return out.last_hidden_state[0]
+    def hidden(self, stream: Stream, plan: Any = None, router_logits: list[Tensor] | None = None) -> Tensor:
+        """[T, H] for a packed stream. Layers are run again in the backward where `checkpointing` says so.
+
+        A list given takes the router logits [T, experts] of each routed layer.
+        """
+        if self.checkpointing == "off" or not torch.is_grad_enabled():
+            run = nullcontext()
+        else:
+            run = recomputed(layers_of(self.body), keeps_rng=self.training and self.adapted)
+        routed = router_logits is not None
+        with run:
+            if self.why_not_shared is not None:
+                hidden, found = padded_outputs(self.body, stream, router_logits=routed)
+            else:
+                asked = {"output_router_logits": True} if routed else {}
+                out = self.body(
+                    input_ids=stream.tokens[None].to(self.device),
+                    position_ids=stream.layout.position[None].to(self.device),
+                    plan=plan if plan is not None else Forest(stream.layout),
+                    use_cache=False,
+                    **asked,
+                )
+                hidden, found = out.last_hidden_state[0], out.router_logits if routed else ()
+        if router_logits is not None:
+            router_logits += [x.reshape(-1, x.shape[-1]) for x in found]
+        return hidden
+
+    def checkpoint(self, what: Checkpointing) -> None:
+        """What the backward runs again. Raises MachineError where this model's layers do not engage."""
+        if what == "layers" and self._recomputed is None:
+            mode, self.checkpointing = self.training, "off"
+            self.train(False)  # no adapter's dropout: the dice stay as they are
+            token = Stream.of([Tree.row([1], [False])])
+            trained = list(self.trainable().values())
+            self._recomputed = recomputed_parameters(lambda: self.hidden(token), layers_of(self.body), trained)
+            self.train(mode)
+        self.checkpointing = what
 
     def forward(self, micro: Micro, objective: Objective, *, couple: Tensor | None = None, rows: int | None = None) -> Output:
-        """One micro-batch: body, head and the objective's gradient on the loss rows. `couple` [M]: ids never split by a chunk."""
+        """One micro-batch: body, head and the objective's gradient on the loss rows. `couple` [M]: ids never split by a chunk.
+
+        Where the model's own loss has a router term (`models/router.py`), it is part of this loss.
+        """
         plan = Forest(micro.stream.layout)
-        hidden = self.hidden(micro.stream, plan)
+        router_logits: list[Tensor] = []
+        hidden = self.hidden(micro.stream, plan, *([] if self.router is None else [router_logits]))
         view = micro.view
         options: dict[str, Any] = {} if rows is None else {"rows": rows}
         weight = self.head_weight()
@@ -143,29 +190,35 @@ class Policy(nn.Module):
             index=view.index.to(hidden.device), couple=couple, bias=self.head_bias(), logit_map=self.logit_map,
             sink=self.sinks.get(weight) if isinstance(weight, nn.Parameter) else None, **options,
         )  # fmt: skip
+        router_loss = None
+        if self.router is not None:
+            term = self.router.loss(router_logits, hidden, micro)
+            loss, router_loss = loss + term.to(loss), term.detach()
         tokens, head_rows = len(micro.stream.tokens), len(view.label)
         grads, head_trained = loss.requires_grad, weight.requires_grad
+        again = (self._recomputed or 0) if self.checkpointing != "off" else 0
         twice = recomputed_rows(head_rows, weight, index=view.index, couple=couple, rows=rows) if couple is not None else 0
 
         def executed_flops(backward: bool) -> int:
             shape = self.shape
             per_token = 2 * shape.body_parameters + 2 * shape.adapter_parameters
             if backward:
-                per_token += (2 if shape.trained == "adapter" else 4) * shape.body_parameters + 4 * shape.adapter_parameters
+                per_token += (2 if shape.trained == "adapter" else 4) * shape.body_parameters + 4 * shape.adapter_parameters + 2 * again
             if self.why_not_shared is None:
                 body_tokens, attention = tokens, plan.flops + (plan.flops_backward if backward else 0)
             else:  # padded rows: every position, and a full square of keys in each layer
                 body_tokens = padded_positions(micro.stream.layout)
                 longest = max(f + n for f, n in zip(micro.stream.layout.first_position, micro.stream.layout.length))
                 pair = 2 * shape.query_heads * (shape.key_width + shape.value_width) * shape.layers
-                attention = (3 if backward else 1) * pair * body_tokens * longest
+                passes = (4 if again else 3) if backward else 1
+                attention = passes * pair * body_tokens * longest
             # the head forms its gradient in the forward, so it is spent whether or not a backward follows
             head = head_flops(
                 head_rows, shape.vocabulary, shape.hidden, weight_trained=head_trained, backward=grads, recomputed=twice
             )
             return per_token * body_tokens + attention + head
 
-        return Output(loss, logprobs, executed_flops)
+        return Output(loss, logprobs, executed_flops, router_loss)
 
     @torch.no_grad()
     def logprobs(self, micro: Micro) -> Tensor:

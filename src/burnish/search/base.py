@@ -87,7 +87,8 @@ def within(samples: Sequence[Trajectory], tokens: int | None) -> tuple[Trajector
         if left == 0:
             break
         if size > left:
-            end = len(t.tokens) - (size - left)
+            known = sum(s.end - s.start for s in t.spans if s.kind == "completion")  # 0: a server that gave text only
+            end = len(t.tokens) - min(known, size - left)
             spans = tuple(replace(s, end=min(s.end, end)) for s in t.spans)
             share = [value * left // size for value in (t.cost.useful_flops, t.cost.executed_flops)]
             cost = replace(t.cost, sampled_tokens=left, useful_flops=share[0], executed_flops=share[1])

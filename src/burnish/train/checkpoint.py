@@ -51,6 +51,8 @@ def save(folder: StageFolder, step: int, tensors: Mapping[str, Tensor], state: M
         temporary.mkdir()
         ready = {name: t.detach().contiguous() for name, t in tensors.items()}
         ready["rng/torch"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            ready["rng/cuda"] = torch.cuda.get_rng_state()
         save_file(ready, temporary / "state.safetensors")
         write_json(temporary / "state.json", dict(state))
         files: dict[str, Any] = {}
@@ -123,6 +125,8 @@ def latest(folder: StageFolder) -> Checkpoint | None:
             continue
         tensors = load_file(path / "state.safetensors")
         torch.set_rng_state(tensors.pop("rng/torch"))
+        if (drawn := tensors.pop("rng/cuda", None)) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(drawn)
         return Checkpoint(step, read_json(path / "state.json"), tensors, tuple(notices))
     if notices:
         raise StorageError("; ".join(notices), where=str(folder.root), remedy="no checkpoint is usable: start again under another name")

@@ -82,5 +82,7 @@ class Progressing:
         """What the loop reports after every step."""
         loss = "  none" if row["loss"] is None else f"{row['loss']:6.3f}"
         norm = "  none" if row["grad_norm"] is None else f"{row['grad_norm']:6.3f}"
+        if row.get("router_loss") is not None:
+            loss += f" (router {row['router_loss']:.3f})"
         note = f"loss {loss}  |grad| {norm}  {timing['train_tokens_per_s']:7.0f} tok/s  {count(state.ledger.flops)}FLOP so far"
         self.advance(state.step, note)

@@ -7,23 +7,27 @@ errors or counted skips, never silent successes.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from burnish.core.errors import CompleteError, ConfigError, DivergedError
 from burnish.core.ledger import Ledger, train_flops
+from burnish.core.machine import peak_resident_bytes as rss_bytes
 from burnish.core.metrics import emit
 from burnish.core.records import ModelShape
 from burnish.core.runs import StageFolder, append_json, cut, write_json
 from burnish.core.stop import Stop
-from burnish.models.policy import Policy
+from burnish.forest.pack import Micro
+from burnish.maths.head import Objective
+from burnish.models.policy import Output, Policy
 from burnish.train import checkpoint
+from burnish.train.activations import Dice
+from burnish.train.memory import Memory, Plan, out_of_memory
 from burnish.train.method import Method, Work
 from burnish.train.optim import Optimiser
 
@@ -73,10 +77,9 @@ Guard = Callable[[State, Mapping[str, Any]], str | None]
 """(state, the step's metrics) -> a reason to stop, or None."""
 
 
-def rss_bytes() -> int:
-    """Peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held at once: of the device a policy lives on, or of this process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else rss_bytes()
 
 
 def fit(
@@ -86,7 +89,7 @@ def fit(
     folder: StageFolder,
     *,
     schedule: Callable[[int, int], float],
-    micro_tokens: int,
+    memory: Memory,
     stop: Stop,
     resume: bool = False,
     evaluate: Callable[[State], Mapping[str, Any] | None] | None = None,
@@ -96,12 +99,14 @@ def fit(
 ) -> State:
     """Train `policy` in place to `method.total_steps` and return the final state.
 
-    schedule(step, total) multiplies the learning rate; micro_tokens bounds a micro-batch's stream (it cannot change the
-    result beyond rounding: weights are fixed before the split). Raises ConfigError (no step to do), DataError (a batch
-    without labels), DivergedError (too many non-finite steps in a row), Interrupted (a signal; everything is saved).
+    schedule(step, total) multiplies the learning rate; memory bounds a micro-batch (it cannot change the result beyond
+    rounding, a router's term apart: weights are fixed before the split). Raises ConfigError (no step to do), DataError (a batch without
+    labels), DivergedError (too many non-finite steps in a row), MachineError (one row alone does not fit into memory),
+    Interrupted (a signal; everything is saved).
     """
     if method.total_steps < 1:
         raise ConfigError("the stage has no step to do", where="train.steps", remedy="set train.steps or train.epochs above zero")
+    method.start(policy, folder, stop.check)
     optimiser = Optimiser(
         policy,
         learning_rate=settings.learning_rate,
@@ -118,6 +123,7 @@ def fit(
         optimiser.load(found.tensors)
         state = State.from_json(found.state["loop"])
         policy.version = found.state["version"]
+        method.load(found.state["method"])
         cut(folder.metrics, found.state["metrics_bytes"])
         cut(folder.timing, found.state["timing_bytes"])
         append_json(folder.timing, {"step": state.step, "kind": "resume"})
@@ -131,7 +137,7 @@ def fit(
     def save() -> None:
         begin = time.perf_counter()
         sizes = {f"{p.stem}_bytes": p.stat().st_size if p.exists() else 0 for p in (folder.metrics, folder.timing)}
-        body = {"loop": state.to_json(), "version": policy.version, **sizes}
+        body = {"loop": state.to_json(), "version": policy.version, "method": method.state(), **sizes}
         checkpoint.save(folder, state.step, optimiser.tensors(), body, keep=settings.keep_checkpoints)
         state.ledger.measure("save", time.perf_counter() - begin)
 
@@ -140,11 +146,13 @@ def fit(
     try:
         for work in method.batches(state.step):
             begin = time.perf_counter()
-            row = one_step(policy, method, optimiser, settings, schedule, micro_tokens, state, work, shape)
+            row = one_step(policy, method, optimiser, settings, schedule, memory, state, work, shape, say)
+            if policy.device.type == "cuda":
+                torch.cuda.synchronize(policy.device)  # the optimiser is still at work
             append_json(folder.metrics, row)
             took = time.perf_counter() - begin
             state.ledger.measure("train", took)
-            state.ledger.saw_memory(rss_bytes())
+            state.ledger.saw_memory(peak_bytes(policy.device))
             timing = {"step": state.step, "seconds": round(took, 5), "train_tokens_per_s": round(row["stream_tokens"] / took, 1),
                       "rss_bytes": rss_bytes()}  # fmt: skip
             append_json(folder.timing, timing)
@@ -167,6 +175,7 @@ def fit(
                 break
     finally:
         optimiser.close()
+        method.close()
     if saved != state.step:
         raise AssertionError("the last step was not saved")
     write_json(folder.ledger, state.ledger.to_json())
@@ -175,33 +184,50 @@ def fit(
 
 def one_step(
     policy: Policy, method: Method, optimiser: Optimiser, settings: Settings, schedule: Callable[[int, int], float],
-    micro_tokens: int, state: State, work: Work, shape: ModelShape,
+    memory: Memory, state: State, work: Work, shape: ModelShape, say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One optimiser step (or one counted skip); returns the metrics row."""
+    """One optimiser step (or one counted skip); returns the metrics row.
+
+    Where memory runs out the same batch begins again with smaller micro-batches: its weights were fixed before the
+    split, gradients are cleared and the dice put back, so that the step is the one it would have been.
+    """
     method.prepare(policy, work)
+    state.ledger.spend(work.spend)
     policy.train()
-    optimiser.zero()
-    loss, labels, tokens, useful, executed = 0.0, 0, 0, 0, 0
-    for micro in work.batch.split(micro_tokens):
-        objective, couple = method.objective(work, micro)
-        out = policy(micro, objective, couple=couple)
-        value = float(out.loss.detach())
-        loss += value
-        if not math.isfinite(value):
-            break
-        out.loss.backward()
-        layout = micro.stream.layout
-        labels += len(micro.view.index)
-        tokens += len(micro.stream.tokens)
-        executed += out.executed_flops(True)
-        useful += train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
-        del out
-    norm = optimiser.gradient_norm() if math.isfinite(loss) else torch.tensor(math.nan)
     rate = settings.learning_rate * schedule(state.step, method.total_steps)
+    if work.batch is None:  # nothing in it has a gradient: counted, and no update is made
+        state.step += 1
+        return emit(
+            step=state.step, kind="train", loss=None, grad_norm=None, lr=rate, label_tokens=0, stream_tokens=0, rows=work.rows,
+            epoch=round(work.epoch, 6), skipped_steps=state.skipped_steps, **work.logged(),
+        )  # fmt: skip
+    if not memory.plans:
+        memory.decide(policy, optimiser, work.batch.trees, partial(_trial, policy))
+        say(str(memory.plan(1)))
+    dice = Dice(policy.device)
+    while True:
+        plan = memory.follow(state.step + 1, policy)
+        optimiser.zero()
+        try:
+            done = gradients(policy, method, plan, work, shape)
+            break
+        except _TooLarge as failed:
+            # outside its handler nothing refers to the failed forward any more, and its tensors are free
+            micro, error = failed.micro, failed.error
+        smaller = memory.shrink(state.step + 1, micro, policy, optimiser, error)
+        say(f"out of memory in step {state.step + 1} ({plan}): the same batch again, {smaller}")
+        del micro, error
+        dice.back()
+    loss, norm = done.loss(), optimiser.gradient_norm()
     finite = math.isfinite(loss) and bool(torch.isfinite(norm))
     state.step += 1
     if finite:
-        optimiser.step(rate, norm)
+        try:
+            optimiser.step(rate, norm)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise memory.failure(policy, optimiser, "the first update has no room for the optimiser's moments") from error
         state.skipped_in_a_row = 0
     else:
         state.skipped_steps += 1
@@ -213,10 +239,81 @@ def one_step(
                 where=", ".join(work.where[:8]) or f"step {state.step}",
                 remedy="lower train.learning_rate, or look at the rows named here; weights are as of the last finite step",
             )
-    state.label_tokens += labels
-    state.ledger.count("train", stream_tokens=tokens, label_tokens=labels, useful_flops=useful, executed_flops=executed)
+    state.label_tokens += done.labels
+    state.ledger.count("train", stream_tokens=done.tokens, label_tokens=done.labels, useful_flops=done.useful, executed_flops=done.executed)
     return emit(
         step=state.step, kind="train", loss=loss if math.isfinite(loss) else None, grad_norm=float(norm) if finite else None,
-        lr=rate, label_tokens=labels, stream_tokens=tokens, rows=work.rows, epoch=round(work.epoch, 6),
-        skipped_steps=state.skipped_steps,
+        lr=rate, label_tokens=done.labels, stream_tokens=done.tokens, rows=work.rows, epoch=round(work.epoch, 6),
+        skipped_steps=state.skipped_steps, **done.terms(), **work.logged(),
     )  # fmt: skip
+
+
+class _TooLarge(Exception):
+    """A micro-batch that memory did not hold. `error` without its traceback, which would keep the tensors alive."""
+
+    def __init__(self, micro: Micro, error: BaseException) -> None:
+        self.micro, self.error = micro, error.with_traceback(None)
+        super().__init__(str(error))
+
+
+@dataclass
+class Done:
+    """What forward and backward of a whole batch did. Losses stay on their device: each read would make a GPU wait."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)
+    router: list[torch.Tensor] = field(default_factory=list)
+    labels: int = 0
+    tokens: int = 0
+    useful: int = 0
+    executed: int = 0
+
+    def loss(self) -> float:
+        return math.fsum(torch.stack(self.losses).tolist()) if self.losses else math.nan
+
+    def terms(self) -> dict[str, float | None]:
+        """Parts of the loss that are the model's own, for the log."""
+        if not self.router:
+            return {}
+        total = sum(torch.stack(self.router).tolist())
+        return {"router_loss": total if math.isfinite(total) else None}
+
+
+def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: ModelShape) -> Done:
+    """Forward and backward of a whole batch. A loss that is not finite spoils the gradients, which are then not used."""
+    done = Done()
+    assert work.batch is not None
+    for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
+        objective, couple = method.objective(work, micro)
+        try:
+            out = forward_backward(policy, micro, objective, couple)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise _TooLarge(micro, error) from None
+        done.losses.append(out.loss.detach())
+        method.observe(work, micro, out.logprobs)
+        if out.router_loss is not None:
+            done.router.append(out.router_loss)
+        layout = micro.stream.layout
+        done.labels += len(micro.view.index)
+        done.tokens += len(micro.stream.tokens)
+        done.executed += out.executed_flops(True)
+        done.useful += train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
+        del out
+    return done
+
+
+def forward_backward(
+    policy: Policy, micro: Micro, objective: Objective, couple: torch.Tensor | None = None, *,
+    rows: int | None = None, between: Callable[[], None] | None = None,
+) -> Output:  # fmt: skip
+    """One micro-batch: its gradient is added to what is there."""
+    out = policy(micro, objective, couple=couple, rows=rows)
+    if between is not None:
+        between()
+    out.loss.backward()
+    return out
+
+
+def _trial(policy: Policy, micro: Micro, objective: Objective, rows: int | None, between: Callable[[], None]) -> None:
+    forward_backward(policy, micro, objective, rows=rows, between=between)

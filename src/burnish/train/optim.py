@@ -97,6 +97,15 @@ class Optimiser:
                     parameter.copy_(self.masters[name])
         self.policy.version += 1
 
+    @property
+    def moments_bytes(self) -> int:
+        """What the two moments take once the first step has made them."""
+        return sum(2 * m.numel() * m.element_size() for m in self.masters.values())
+
+    def moments(self) -> list[Tensor]:
+        """The moments that exist."""
+        return [x for state in self.optim.state.values() for key, x in state.items() if key != "step"]
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resume needs, by name: master/, exp_avg/, exp_avg_sq/, step/."""
         out: dict[str, Tensor] = {}
@@ -114,7 +123,7 @@ class Optimiser:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master/{name}"])
-                state = {k: tensors[f"{k}/{name}"].clone() for k in ("exp_avg", "exp_avg_sq", "step") if f"{k}/{name}" in tensors}
+                state = {k: tensors[f"{k}/{name}"].to(master.device, copy=True) for k in ("exp_avg", "exp_avg_sq", "step") if f"{k}/{name}" in tensors}
                 if state:
                     self.optim.state[master] = state
         self.refresh()

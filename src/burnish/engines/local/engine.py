@@ -40,7 +40,7 @@ class LocalEngine:
     Raises MachineError for a model that cannot share prefixes.
     """
 
-    can = frozenset({"fork", "logprobs", "score"})
+    can = frozenset({"fork", "ids", "logprobs", "score"})
 
     def __init__(
         self,

@@ -386,7 +386,8 @@ class LeanBody:
 
     def __call__(self, tokens: Tensor, position: Tensor, plan: Any) -> Tensor:
         x = self.embed(tokens)
-        last = int(position.max())
+        last = getattr(plan, "furthest", None)  # a plan that knows spares a GPU the wait
+        last = int(position.max()) if last is None else last
         turns = {rotation: rotation.at(position, last) for rotation in self.rotations}
         if self.kernels is not None and isinstance(plan, Decode):
             return self._decode(self.kernels, x, turns, plan)

@@ -1,0 +1,477 @@
+"""What a run would take, before it is run: FLOPs, tokens, peak memory and time, stage by stage.
+
+Counts come from the data and the ledger's formulas. Speeds and bytes are measured here, each phase once in miniature: the
+model is loaded, a few answers are drawn, and the loop takes a few steps at a learning rate of 0, which leaves every weight
+as it was. Time is then executed FLOPs over the speed of that phase, and the speed is given as a share of this machine's
+matrix product, so that the figure can be carried to another day or machine.
+
+Memory is what the process holds above what importing its libraries takes. Everything the miniature held in full is read
+off the process; what a run holds more of is added from the sizes of its tensors.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish.build import Built, HeldOut, Questions, build_stage, gflops, judges
+from burnish.config.check import check
+from burnish.config.load import load
+from burnish.config.schema import Recipe
+from burnish.core.errors import MachineError
+from burnish.core.ledger import forward_flops, train_flops
+from burnish.core.machine import peak_resident_bytes, resident_bytes
+from burnish.core.records import ModelShape, Spend
+from burnish.core.runs import file_sha256
+from burnish.engines.local.arena import KEYS_STEP, Arena
+from burnish.engines.local.engine import LocalEngine
+from burnish.engines.local.rollout import MEMBERS_PER_ROW
+from burnish.evals.accuracy import deciding, prompts_of
+from burnish.forest.pack import Batch, Micro
+from burnish.models.load import load_policy, resolve
+from burnish.models.policy import Policy
+from burnish.search.base import strategy
+from burnish.train.loop import State, one_step
+from burnish.train.memory import Holdings, Plan, bytes_of
+from burnish.train.method import Work
+from burnish.train.optim import Optimiser
+
+Say = Callable[[str], None]
+PROBE_S = 4.0  # about what one phase's miniature may take
+BATCHES = 100  # optimiser batches that are counted one by one; a longer stage is as these were
+TOKEN_BYTES = 24 + 8 + 8 + 28  # of one sampled token in a trajectory: a float, two places in tuples, an int
+CHECKPOINT_PROBE = 32 << 20
+
+
+@dataclass
+class Phase:
+    """One part of a stage. gflops: executed FLOPs a second in the miniature; assumed: what could not be known."""
+
+    name: str
+    seconds: float
+    tokens: int = 0
+    useful_flops: int = 0
+    executed_flops: int = 0
+    gflops: float | None = None
+    efficiency: float | None = None
+    assumed: str = ""
+
+
+@dataclass
+class StageEstimate:
+    """One stage: its phases, and the items of its peak memory in bytes above the import baseline."""
+
+    name: str
+    phases: list[Phase] = field(default_factory=list[Phase])
+    memory: dict[str, int] = field(default_factory=dict[str, int])
+    plan: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "plan": self.plan, "phases": [asdict(p) for p in self.phases], "memory": self.memory,
+            "peak_bytes": self.peak_bytes, **_total(self.phases),
+        }  # fmt: skip
+
+
+def _total(phases: Sequence[Phase]) -> dict[str, Any]:
+    names = ("tokens", "useful_flops", "executed_flops")
+    return {"seconds": round(sum(p.seconds for p in phases), 3), **{n: sum(getattr(p, n) for p in phases) for n in names}}
+
+
+def import_everything(model: str) -> None:
+    """What a run imports on the way, the model's own module among it: memory above this is the run's."""
+    import numpy  # noqa: F401
+    import peft  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import burnish.pipeline
+    import burnish.report.write  # noqa: F401
+
+    where = resolve(model)
+    if isinstance(where, Path) and not (where / "config.json").exists():
+        return  # an adapter: its base is found when it is loaded
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    AutoModelForCausalLM._model_mapping.get(type(config), None)  # imports the module that defines it
+    a = torch.randn(256, 256)
+    torch.mm(a, a)
+    torch.mm(a.to(torch.bfloat16), a.to(torch.bfloat16))  # the products' own libraries
+
+
+def estimate(source: str | os.PathLike[str], overrides: Sequence[str] = (), say: Say = lambda text: None) -> dict[str, Any]:
+    """The estimate as JSON. Raises what `run` would raise before its first step: ConfigError, DataError, MachineError ..."""
+    resolved = load(source, overrides)
+    check(resolved).refuse()
+    return _Dry(resolved.recipe, say).run()
+
+
+class _Dry:
+    """One process's miniature of a run, in the order of the run."""
+
+    def __init__(self, recipe: Recipe, say: Say) -> None:
+        self.recipe, self.say = recipe, say
+        import_everything(recipe.model)
+        self.baseline = resident_bytes()
+
+    def run(self) -> dict[str, Any]:
+        recipe = self.recipe
+        begin = time.perf_counter()
+        policy = self._load()
+        self.load_s = time.perf_counter() - begin
+        if policy.device.type != "cpu":
+            raise MachineError("estimates are made for the CPU only so far", where="burnish estimate", remedy="type --set device=cpu")
+        self.tokenizer = policy.tokenizer
+        self.weights = bytes_of([*policy.model.parameters(), *policy.model.buffers()])
+        dtype = policy.dtype
+        self.speed = {name: gflops(t) for name, t in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
+        self.peak = self.speed["bfloat16" if dtype == torch.bfloat16 else "float32"]
+        built = [build_stage(recipe, stage, policy) for stage in recipe.stages]
+        every = judges(recipe, policy, built)
+        base = StageEstimate("base", [Phase("load", self.load_s)])
+        decoded: dict[str, _Decoded] = {}
+        held = resident_bytes() - self.baseline
+        top = held
+        for judge in every:
+            self.say(f"base/{judge.name}")
+            if isinstance(judge, Questions):
+                before = resident_bytes() - self.baseline
+                decoded[judge.name] = self._decode(judge, policy)
+                top = max(top, before + decoded[judge.name].grows)
+                base.phases.append(self._answers(judge, decoded[judge.name], None))
+            else:
+                base.phases.append(self._likelihood(judge, policy))
+        answers = top - held
+        base.memory = {"weights": self.weights, "tokenizer, data and runtime": max(0, held - self.weights), "answers": answers}
+        stages = [base]
+        # in a run the base stays loaded beside what is judged after a stage
+        for index, one in enumerate(built):
+            self.say(one.stage.name)
+            if index:
+                policy = self._load()
+            stages.append(self._stage(one, policy, every, decoded, held, answers))
+            del policy
+            gc.collect()
+        phases = [p for stage in stages for p in stage.phases]
+        total = _total(phases) | {"peak_bytes": max(stage.peak_bytes for stage in stages)}
+        return {
+            "schema": 1, "recipe": recipe.name, "model": recipe.model, "dtype": str(dtype).removeprefix("torch."),
+            "machine": {"threads": torch.get_num_threads(), "gflops": {k: round(v, 1) for k, v in self.speed.items()}},
+            "baseline_bytes": self.baseline, "stages": [stage.to_json() for stage in stages], "total": total,
+        }  # fmt: skip
+
+    def _load(self) -> Policy:
+        return load_policy(self.recipe.model, dtype=self.recipe.dtype, device=self.recipe.device)
+
+    def _rate(self, flops: float, seconds: float) -> dict[str, Any]:
+        rate = flops / max(seconds, 1e-9) / 1e9
+        return {"gflops": round(rate, 2), "efficiency": round(rate / self.peak, 4)}
+
+    # ---- a stage ------------------------------------------------------------------------------------------------
+
+    def _stage(
+        self, built: Built, policy: Policy, every: Sequence[Any], decoded: dict[str, _Decoded], held: int, answers: int
+    ) -> StageEstimate:  # fmt: skip
+        policy = built.adapt(policy)
+        found, shape, train = StageEstimate(built.stage.name), policy.shape, built.stage.train
+        begins = resident_bytes()
+        taken = _steps(built, policy)
+        count, work = _counted(built, taken.plan, shape)
+        # the miniature's steps, less what they would take without a token: the moments are updated as often as ever
+        rate = taken.flops / max(taken.seconds - taken.fixed_s, 1e-9)
+        waste = taken.flops / taken.useful
+        executed = count.useful_flops * waste
+        steps = built.method.total_steps
+        seconds = executed / rate + steps * taken.fixed_s
+        found.phases.append(Phase("train", seconds, count.tokens, count.useful_flops, int(executed), **self._rate(executed, seconds)))
+        validation = built.validation
+        passes = 0
+        if validation is not None and train.validate_every:
+            passes = steps // train.validate_every + (steps % train.validate_every > 0)
+            found.phases.append(self._forward("validation", validation, shape, passes, rate))
+        saves = 1 if not train.checkpoint_every else steps // train.checkpoint_every + (steps % train.checkpoint_every > 0)
+        written = saves * taken.checkpoint_bytes + taken.model_bytes
+        found.phases.append(Phase("save", written * _second_a_byte()))
+        found.phases.append(Phase("load", self.load_s))
+        names = built.stage.evaluate
+        for judge in every:
+            if names is None or judge.name in names:
+                if isinstance(judge, Questions):
+                    found.phases.append(self._answers(judge, decoded[judge.name], built))
+                else:
+                    found.phases.append(self._forward(judge.name, judge.method.validation, shape, 1, rate))
+        # what the run's largest micro-batch holds beyond the miniature's, in the pieces that the allocator held
+        pieces = taken.held / max(1, taken.tracked_activations)
+        activations = taken.activations(work)
+        more = max(0, activations - taken.tracked_activations)
+        in_pieces = max(0, int(taken.grown - taken.tracked + more * max(0.0, pieces - 1)))
+        found.plan = str(taken.plan)
+        training = {
+            "weights": taken.holdings.weights, "masters": taken.holdings.masters, "gradients": taken.holdings.gradients,
+            "moments": taken.holdings.moments, "activations and head": activations,
+            "kept by the allocator": in_pieces, "tokenizer, data and runtime": max(0, begins - self.baseline - taken.holdings.weights),
+        }  # fmt: skip
+        judged = {"weights": self.weights + taken.holdings.weights, "tokenizer, data and runtime": max(0, held - self.weights), "answers": answers}
+        found.memory = max((training, judged), key=lambda items: sum(items.values()))
+        return found
+
+    # ---- evaluations --------------------------------------------------------------------------------------------
+
+    def _likelihood(self, judge: HeldOut, policy: Policy) -> Phase:
+        rows = judge.method.validation
+        some = rows[: max(1, min(len(rows), 64))]
+        before = judge.method.validation
+        judge.method.validation = some
+        try:
+            begin = time.perf_counter()
+            _, flops = judge.method.held_out(policy, 4096)
+            took = time.perf_counter() - begin
+        finally:
+            judge.method.validation = before
+        return self._forward(judge.name, rows, policy.shape, 1, flops / max(took, 1e-9))
+
+    def _forward(self, name: str, rows: Sequence[Any], shape: ModelShape, passes: int, rate: float) -> Phase:
+        """Scoring these rows, at a speed in FLOPs a second."""
+        tokens, labels = sum(len(r.ids) for r in rows), sum(sum(r.trained) for r in rows)
+        flops = passes * forward_flops(shape, tokens, labels, [(0, len(r.ids)) for r in rows])
+        return Phase(name, flops / rate, passes * tokens, flops, flops, **self._rate(flops, flops / rate))
+
+    def _decode(self, judge: Questions, policy: Policy) -> _Decoded:
+        """Answer some of an eval's questions, by all its strategies: how long answers are, and how fast they come."""
+        judged = judge.judged
+        bound = [strategy(text) for text in dict.fromkeys(judged.strategies)]
+        draws = [int(b.parameters.get("draws") or b.parameters.get("n") or 1) for b in bound if b.spec.name != "greedy"]
+        each = (len(draws) < len(bound)) + max(draws, default=0)  # samples of a question: strategies share theirs
+        temperatures = judged.temperature if isinstance(judged.temperature, tuple) and draws else ()
+        choosing = len(judge.validation) * len(set(temperatures)) * deciding(bound).parameters.get("n", 1) / each
+
+        def answer(questions: int, limit: int) -> tuple[Spend, float, int]:
+            """(spend, seconds, growth in bytes) of so many questions, answers cut at `limit` tokens."""
+            part = replace(judge, asked=judge.asked[:questions], validation=(), judged=judged.model_copy(update={"max_new_tokens": limit}))
+            gc.collect()
+            before, begin = resident_bytes(), time.perf_counter()
+            with _peak() as peak:
+                result = part(policy, "base", lambda done, note="": None, lambda: None)
+            return Spend(**result["spend"]), time.perf_counter() - begin, max(0, peak() - before)
+
+        most, n = judged.max_new_tokens, len(judge.asked)
+        few, short = min(n, 2), min(most, 8)
+        answer(few, short)  # the first product of a shape is slow
+        spend, took, _ = answer(few, short)
+        # many rows at once are several times as fast as a few, and most answers end early
+        affordable = 4 * PROBE_S * spend.sampled_tokens / took
+        questions = int(max(few, min(n, affordable // (each * most))))
+        limit = int(min(most, max(short, affordable // (each * questions))))
+        spend, took, grows = answer(questions, limit)
+        per_question = (n + choosing) / questions
+        length = spend.sampled_tokens / (questions * each)
+        known = limit == most
+        stretch = 1.0 if known else most / length
+        return _Decoded(
+            tokens=spend.sampled_tokens * per_question * stretch, length=length * stretch, known=known,
+            useful_flops=spend.useful_flops * per_question * stretch, executed_flops=spend.executed_flops * per_question * stretch,
+            seconds=took * per_question * stretch,
+            grows=grows + self._held_by_all(judge, policy, questions, each, length * stretch),
+        )  # fmt: skip
+
+    def _held_by_all(self, judge: Questions, policy: Policy, questions: int, each: int, length: float) -> int:
+        """Bytes that answering all questions at once holds above answering some: keys, values and what was drawn."""
+        engine = LocalEngine(policy)
+        ids = [p.ids for p in prompts_of(judge.chat, judge.asked)]
+        arenas = (Arena(), Arena())
+        for arena, asked in zip(arenas, (ids, ids[:questions])):
+            for one in dict.fromkeys(asked):
+                arena.allocate(len(one))
+        size = -(-(max(map(len, ids)) + min(judge.judged.max_new_tokens, 64)) // KEYS_STEP) * KEYS_STEP
+        slots = [min(q * each, MEMBERS_PER_ROW * engine.rows, engine.tokens_held // size) for q in (len(ids), questions)]
+        keys = min(arenas[0].spans.capacity, engine.tokens_held) - arenas[1].spans.capacity + (slots[0] - slots[1]) * size
+        drawn = int((len(ids) - questions) * each * length) * TOKEN_BYTES
+        return max(0, keys) * engine.bytes_per_token * engine.shape.layers + drawn
+
+    def _answers(self, judge: Questions, decoded: _Decoded, after: Built | None) -> Phase:
+        """An eval: as long as the base's answers, or as the rows a stage learned from where it learned this task."""
+        most = judge.judged.max_new_tokens
+        longer, assumed = 1.0, "" if decoded.known else f"every answer takes max_new_tokens, {most}"
+        taught = next((s for s in after.stage.data if s.task is not None and s.task == judge.judged.task), None) if after else None
+        if taught is not None:
+            encode = self.tokenizer.encode
+            texts = [i.rationale if taught.target == "rationale" else i.answer for i in judge.asked[:200]]
+            length = 1 + sum(len(encode(t, add_special_tokens=False)) for t in texts) / len(texts)
+            longer, assumed = min(most, length) / decoded.length, "answers as long as the rows that were learned"
+        elif after is not None and decoded.known:
+            assumed = "answers as long as the base's"
+        seconds, flops = decoded.seconds * longer, decoded.executed_flops * longer
+        tokens, useful = int(decoded.tokens * longer), int(decoded.useful_flops * longer)
+        return Phase(judge.name, seconds, tokens, useful, int(flops), **self._rate(flops, seconds), assumed=assumed)
+
+
+@dataclass
+class _Decoded:
+    """A whole eval of the base model, from some of its questions. length: tokens of an answer; grows: bytes."""
+
+    tokens: float
+    length: float
+    known: bool
+    useful_flops: float
+    executed_flops: float
+    seconds: float
+    grows: int
+
+
+@contextmanager
+def _peak() -> Iterator[Callable[[], int]]:
+    """The most resident memory from here on; where the system keeps only the process's peak, that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def most() -> int:
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            return peak_resident_bytes()
+
+    yield most
+
+
+# ---- training in miniature ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Counted:
+    tokens: int
+    useful_flops: int
+
+
+@dataclass
+class _Taken:
+    """Steps of the real loop at a learning rate of 0. seconds: of one; fixed_s: of one without tokens."""
+
+    plan: Plan
+    seconds: float
+    fixed_s: float
+    flops: int
+    useful: int
+    holdings: Holdings
+    largest: tuple[int, int]
+    grown: int
+    held: int
+    tracked: int
+    tracked_activations: int
+    activations: Callable[[tuple[int, int]], int]
+    checkpoint_bytes: int
+    model_bytes: int
+
+
+def _largest(micros: Sequence[Micro], peak: Callable[[tuple[int, int]], int]) -> tuple[int, int]:
+    """(tokens, head rows) of the micro-batch that holds most."""
+    return max(((len(m.stream.tokens), len(m.view.label)) for m in micros), key=peak)
+
+
+def _steps(built: Built, policy: Policy) -> _Taken:
+    method, train = built.method, built.stage.train.model_copy(update={"learning_rate": 0.0})
+    memory, shape = built.memory({}), policy.shape
+    work: Work = next(iter(method.batches(0)))
+    before = resident_bytes()
+    with _peak() as peak:
+        optimiser = Optimiser(
+            policy, learning_rate=0.0, adam_beta1=train.adam_beta1, adam_beta2=train.adam_beta2, adam_epsilon=train.adam_epsilon,
+            weight_decay=train.weight_decay, clip_norm=train.clip_norm,
+        )  # fmt: skip
+        state = State()
+        rate = gflops(policy.dtype, size=512, seconds=0.05) * 1e9 * 0.4  # of a product, at first guess
+        flops = _useful(work, shape)
+        share = min(1.0, PROBE_S / 3 * rate / flops)
+        part = work if share == 1.0 else _cut(work, share)
+        times: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < 2 or (time.perf_counter() - begin < PROBE_S / 2 and len(times) < 8):
+            executed = state.ledger.flops
+            start = time.perf_counter()
+            one_step(policy, method, optimiser, train, built.schedule, memory, state, part, shape)
+            times.append(time.perf_counter() - start)
+        executed = state.ledger.flops - executed
+        fixed = 0.0
+        if share < 1.0:  # the moments take as long, however few tokens there are
+            small = _cut(part, 0.3)
+            begin, done = time.perf_counter(), state.ledger.flops
+            one_step(policy, method, optimiser, train, built.schedule, memory, state, small, shape)
+            took, less = time.perf_counter() - begin, state.ledger.flops - done
+            if less < executed:
+                fixed = max(0.0, took - less * (min(times[1:]) - took) / (executed - less))
+        grown = peak() - before
+    plan = memory.plan(1)
+    known = memory.activations[plan.checkpointing]
+
+    def held(micro: tuple[int, int]) -> int:
+        return known.peak(*micro)
+
+    holdings = Holdings.of(policy, optimiser)
+    largest = _largest(part.batch.split(plan.micro_tokens, plan.head_rows), held)
+    added = holdings.masters + holdings.gradients + holdings.moments
+    states = sum(t.numel() * t.element_size() for t in optimiser.tensors().values())
+    adapter = policy.adapted and (built.stage.adapter is None or built.stage.adapter.params.get("save") != "merged")
+    model = sum(p.numel() * p.element_size() for p in policy.trainable().values()) if adapter else holdings.weights
+    optimiser.close()
+    return _Taken(
+        plan=plan, seconds=sorted(times[1:])[len(times[1:]) // 2], fixed_s=fixed, flops=executed, useful=_useful(part, shape), holdings=holdings,
+        largest=largest, grown=grown, held=max(1, grown - added), tracked=added + held(largest), tracked_activations=held(largest), activations=held,
+        checkpoint_bytes=states, model_bytes=model,
+    )  # fmt: skip
+
+
+def _useful(work: Work, shape: ModelShape) -> int:
+    (micro,) = work.batch.split(1 << 60)
+    layout = micro.stream.layout
+    return train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
+
+
+def _cut(work: Work, share: float) -> Work:
+    """The first trees of a batch, about this share of its tokens and at least one."""
+    trees, left = [], share * sum(t.size for t in work.batch.trees)
+    for tree in work.batch.trees:
+        if trees and left < tree.size:
+            break
+        trees.append(tree)
+        left -= tree.size
+    return Work(Batch(trees), rows=len(trees), where=work.where[: len(trees)], epoch=work.epoch)
+
+
+def _counted(built: Built, plan: Plan, shape: ModelShape) -> tuple[_Counted, tuple[int, int]]:
+    """(tokens and useful FLOPs of the whole stage, its largest micro-batch), from its first batches."""
+    total, tokens, flops, seen = built.method.total_steps, 0, 0, 0
+    largest = (0, 0)
+    for work in islice(built.method.batches(0), BATCHES):
+        for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
+            largest = max(largest, (len(micro.stream.tokens), len(micro.view.label)))
+        tokens += sum(t.size for t in work.batch.trees)
+        flops += _useful(work, shape)
+        seen += 1
+    return _Counted(tokens * total // seen, flops * total // seen), largest
+
+
+def _second_a_byte() -> float:
+    """Writing, syncing and hashing, as a checkpoint is."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        path = Path(folder) / "probe"
+        data = os.urandom(CHECKPOINT_PROBE)
+        begin = time.perf_counter()
+        with open(path, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        file_sha256(path)
+        return (time.perf_counter() - begin) / CHECKPOINT_PROBE
+

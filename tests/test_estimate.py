@@ -1,0 +1,157 @@
+"""`estimate`: counts are those of the run, nothing is trained, and a limit on memory is kept by a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from burnish import estimate as module
+from burnish.build import build_stage
+from burnish.cli import invoke
+from burnish.config.load import load
+from burnish.core.runs import read_json
+from burnish.estimate import estimate
+from burnish.models.load import load_policy
+from tests.folders import model_folder, rows_file
+
+RECIPE = """burnish: 1
+name: try
+model: {model}
+dtype: float32
+evals:
+  repeats: {{file: {test}, strategies: [greedy, "vote:3"], max_new_tokens: 12, temperature: 1.0}}
+stages:
+  - name: sft
+    method: sft
+    data: {{file: {train}}}
+    train: {{steps: 5, batch_rows: 8, learning_rate: 1.0e-3, validate_every: 2, validation_rows: 8, weight_decay: 0.1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("estimate")
+    model_folder(made / "base", hidden_size=64, num_hidden_layers=4)
+    rows_file(made / "train.jsonl", 48)
+    rows_file(made / "test.jsonl", 12)
+    text = RECIPE.format(model=made / "base", train=made / "train.jsonl", test=made / "test.jsonl")
+    (made / "r.yaml").write_text(text, encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    return estimate(folder / "r.yaml")
+
+
+def phases(stage: dict[str, Any]) -> dict[str, Any]:
+    return {p["name"]: p for p in stage["phases"]}
+
+
+def test_counts_are_those_of_the_run(folder: Path, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+    assert invoke(["run", str(folder / "r.yaml")]) == 0
+    base, sft = (read_json(folder / f"runs/try/{name}/ledger.json")["counted"] for name in ("00-base", "01-sft"))
+    guess = phases(found["stages"][1])
+    assert guess["train"]["tokens"] == sft["train"]["stream_tokens"]
+    assert guess["train"]["useful_flops"] == sft["train"]["useful_flops"]
+    assert guess["train"]["executed_flops"] == pytest.approx(sft["train"]["executed_flops"], rel=0.01)
+    assert guess["validation"]["tokens"] == sft["validation"]["stream_tokens"]  # after steps 2, 4 and the last
+    assert guess["validation"]["executed_flops"] == pytest.approx(sft["validation"]["executed_flops"], rel=0.02)
+    drawn = phases(found["stages"][0])["repeats"]
+    assert drawn["tokens"] == pytest.approx(base["decode"]["sampled_tokens"], rel=0.15)
+    assert drawn["executed_flops"] == pytest.approx(base["sampling"]["executed_flops"], rel=0.25)
+    capsys.readouterr()
+
+
+def test_items_add_up_and_speeds_are_stated(found: dict[str, Any]) -> None:
+    for stage in found["stages"]:
+        assert stage["peak_bytes"] == sum(stage["memory"].values()) > 0
+        assert stage["executed_flops"] == sum(p["executed_flops"] for p in stage["phases"]) >= stage["useful_flops"] > 0
+        for p in stage["phases"]:
+            assert p["seconds"] >= 0 and (p["executed_flops"] == 0 or p["gflops"] == pytest.approx(p["executed_flops"] / p["seconds"] / 1e9, abs=0.01))
+    assert found["total"]["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"]), abs=0.01)
+    assert found["total"]["peak_bytes"] == max(s["peak_bytes"] for s in found["stages"])
+    weights = sum(x.numel() * x.element_size() for x in load_policy(found["model"], dtype="float32", probe=False).model.parameters())
+    training = found["stages"][1]["memory"]
+    if "moments" in training:
+        assert training["weights"] == pytest.approx(weights, rel=0.01) and training["moments"] == 2 * training["gradients"]
+    assert phases(found["stages"][1])["repeats"]["assumed"] == "answers as long as the base's"
+
+
+def test_the_miniature_changes_no_weight(folder: Path) -> None:
+    recipe = load(folder / "r.yaml", ()).recipe
+    policy = load_policy(recipe.model, dtype="float32")
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    taken = module._steps(build_stage(recipe, recipe.stages[0], policy), policy)
+    assert taken.flops > 0 and taken.holdings.moments_to_come == 0  # real steps were taken
+    assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
+    assert not any(p.grad is not None for p in policy.model.parameters())
+
+
+def test_a_long_batch_is_cut_and_the_rest_is_reckoned(folder: Path, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROBE_S", 1e-4)
+    short = estimate(folder / "r.yaml")
+    a, b = (phases(f["stages"][1])["train"] for f in (found, short))
+    assert a["tokens"] == b["tokens"] and a["useful_flops"] == b["useful_flops"]
+    assert b["executed_flops"] == pytest.approx(a["executed_flops"], rel=0.05)
+
+
+def test_the_verb_prints_a_table_or_one_object_and_refuses_what_run_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--set", "stages=[]", "--set", "evals.repeats.max_new_tokens=2"]
+    assert invoke(["estimate", str(folder / "r.yaml"), *only]) == 0
+    said = capsys.readouterr().out
+    for part in ("repeats", "GF/s", "of peak", "Peak memory above", "weights", "in total"):
+        assert part in said
+    assert invoke(["estimate", str(folder / "r.yaml"), *only, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][0]["name"] == "base"
+    assert invoke(["estimate", str(folder / "r.yaml"), "--set", "stages.sft.data.file=none.jsonl"]) == 2
+    assert invoke(["estimate", str(folder / "r.yaml"), "--set", "stages.sft.train.memory_bytes=1000"]) == 4
+    message = capsys.readouterr().err
+    for part in ("train.memory_bytes", "does not fit", "weights", "gradients", "moments", "head, a chunk", "activations of", "free"):
+        assert part in message
+
+
+LIMITED = """
+import sys
+from pathlib import Path
+from burnish.core.machine import resident_bytes
+from burnish.estimate import import_everything
+from burnish.pipeline import run
+from burnish.train.log import Progressing
+import_everything("spark")
+limit = resident_bytes() + 140_000_000
+Path("/proc/self/clear_refs").write_text("5")
+done = run(sys.argv[1], [f"stages.sft.train.memory_bytes={limit}"] if sys.argv[2] == "limited" else (), under=Path(sys.argv[2]), progress=Progressing(True))
+status = Path("/proc/self/status").read_text().splitlines()
+print(limit, next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_limit_on_memory_is_kept(tmp_path: Path) -> None:
+    """A fresh process stays under `train.memory_bytes`, and without it does not; what it learns is the same."""
+    (tmp_path / "r.yaml").write_text(
+        "burnish: 1\nname: r\nmodel: spark\nstages:\n  - name: sft\n    method: sft\n    data: {task: sums, levels: [3], rows: 512}\n"
+        "    train: {steps: 2, batch_rows: 128, learning_rate: 1.0e-4}\n",
+        encoding="utf-8",
+    )
+    losses = []
+    for name in ("limited", "free"):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, "-c", LIMITED, "r.yaml", name]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        limit, peak = map(int, done.stdout.split()[-2:])
+        assert (peak <= limit) == (name == "limited"), (name, limit, peak)
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / name / "r/01-sft/metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    plan = read_json(tmp_path / "limited/r/decisions.json")["memory.sft"]["plans"][0]
+    assert plan["micro_tokens"] < 4000 or plan["checkpointing"] == "layers"
