@@ -17,7 +17,6 @@ from burnish.core.table import TABLES, Table, describe, load_row, load_table
 CITED = (
     "method",
     "weights",
-    "policy_gradient",
     "advantage",
     "ratio",
     "surrogate",

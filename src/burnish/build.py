@@ -19,11 +19,11 @@ import torch
 from burnish import __version__
 from burnish.answers.compare import same
 from burnish.answers.extract import given, given_key
-from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Source, Stage
+from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rollouts, Source, Stage
 from burnish.core.errors import ConfigError, DataError
 from burnish.core.records import Example, Message, Rendered, Sampling
 from burnish.core.seeds import derive
-from burnish.core.table import load_row
+from burnish.core.table import describe_row, load_row
 from burnish.data import formats
 from burnish.data.chat import ChatFormat, Mask, Prepared, preview
 from burnish.data.sampler import Sampler
@@ -35,9 +35,13 @@ from burnish.engines.local.engine import LocalEngine
 from burnish.engines.remote import Conversation, RemoteEngine
 from burnish.evals.accuracy import evaluate
 from burnish.maths.estimators import bootstrap_mean
+from burnish.maths.policy_gradient import Setting, override
+from burnish.methods.policy_gradient import Question
+from burnish.methods.policy_gradient import build as build_policy_gradient
 from burnish.models.adapters import merge
 from burnish.models.load import known, load_tokenizer
 from burnish.models.policy import Policy
+from burnish.rewards.build import build as build_rewards
 from burnish.train.loop import State
 from burnish.train.memory import Memory
 from burnish.train.method import Method
@@ -67,10 +71,11 @@ class Rows:
         return ", ".join(dict.fromkeys(s["format"] for s in self.sources))
 
 
-def example_of(item: Item, target: str) -> Example:
+def example_of(item: Item, target: str, task: str) -> Example:
     """A task's item as a conversation: the question, and the gold rationale or the bare answer to learn."""
     text = item.rationale if target == "rationale" else item.answer
-    return Example((Message("user", item.question),), (Message("assistant", text),), columns={"gold": item.gold}, where=item.id)
+    columns = {"answer": item.gold, "question": item.question, "level": item.level, "facts": dict(item.facts), "task": task}
+    return Example((Message("user", item.question),), (Message("assistant", text),), columns=columns, where=item.id)
 
 
 def read_sources(sources: Sequence[Source], seed: int) -> Rows:
@@ -80,7 +85,7 @@ def read_sources(sources: Sequence[Source], seed: int) -> Rows:
         if source.task is not None:
             task = cast(Task, load_row("task", source.task))
             made = items(task, fold=source.fold, levels=source.levels, rows=source.rows or 0, seed=derive(seed, "data", source.task))
-            rows.examples += [example_of(item, source.target) for item in made]
+            rows.examples += [example_of(item, source.target, source.task) for item in made]
             rows.conversational = True
             rows.sources.append({"task": source.task, "format": f"task {source.task}", "rows": len(made)})
             continue
@@ -134,6 +139,35 @@ class StageMaterial:
             label_tokens=sum(sum(r.trained) for r in kept), longest=prepared.longest,
         )  # fmt: skip
         return rest, validation
+
+    def questions(self) -> tuple[Prepared, list[Question]]:
+        """The rows as prompts to be answered, too long ones treated as `on_long_row` says. Raises DataError."""
+        train, room = self.stage.train, self.context - 1
+        limit = min(train.max_tokens or room, room)
+        found: list[Question] = []
+        dropped = self.rows.dropped
+        for example in self.rows.examples:
+            if example.text is not None or not example.prompt:
+                raise DataError("has no prompt to answer", where=example.where, remedy="give rows with a prompt (and an answer for the rewards)")
+            ids = self.chat.prompt(example.prompt, where=example.where)
+            if len(ids) > limit:
+                if train.on_long_row == "error":
+                    raise DataError(f"its prompt has {len(ids)} tokens and {limit} fit", where=example.where, remedy="on_long_row: drop or truncate")
+                if train.on_long_row == "drop":
+                    dropped.add("prompt too long", example.where)
+                    continue
+                ids = ids[-limit:]  # from the left: the question is at the end
+                dropped.add("prompt truncated", example.where)
+            columns = dict(example.columns)
+            if example.completion:
+                columns.setdefault("answer", example.completion[-1].content)
+            shown: Any = [{"role": m.role, "content": m.content} for m in example.prompt]
+            found.append(Question(ids, shown if self.rows.conversational else example.prompt[-1].content, columns, example.where))
+        if not found:
+            raise DataError("no prompt is left to answer", where=f"stages.{self.stage.name}.data", remedy=f"dropped: {dropped.counts}")
+        rows = tuple(Rendered(q.ids, (False,) * len(q.ids), q.where) for q in found)
+        longest = max(len(q.ids) for q in found)
+        return Prepared(rows=rows, dropped=dropped, notices={}, tokens=sum(len(q.ids) for q in found), label_tokens=0, longest=longest), found
 
     def sampler(self, rows: int) -> Sampler:
         return Sampler(rows, self.stage.train.batch_rows, derive(self.recipe.seed, "order", self.stage.name))
@@ -220,7 +254,7 @@ def build_stage(recipe: Recipe, stage: Stage, policy: Policy) -> Built:
     """Read and render a stage's data with the model's tokenizer. Raises DataError, ConfigError."""
     rows = read_sources(stage.data, recipe.seed)
     material = StageMaterial(recipe, stage, rows, ChatFormat(policy.tokenizer), policy.context)
-    method: Method = load_row("method", stage.method.name)(material, **stage.method.params)
+    method = method_of(material)
     prepared: Prepared = method.prepared  # type: ignore[attr-defined]
     schedule = partial(load_row("schedule", stage.train.schedule.name), **stage.train.schedule.params)
     summary = {
@@ -230,6 +264,24 @@ def build_stage(recipe: Recipe, stage: Stage, policy: Policy) -> Built:
     }  # fmt: skip
     view = [{"where": r.where, "tokens": preview(r, policy.tokenizer)} for r in spread(prepared.rows, PREVIEWED)]
     return Built(recipe, stage, method, schedule, summary, view)
+
+
+def method_of(material: StageMaterial) -> Method:
+    """The stage's method: a row that builds itself, or a point of the policy-gradient algebra with the user's own axes."""
+    recipe, stage = material.recipe, material.stage
+    row: Any = load_row("method", stage.method.name)
+    if not isinstance(row, Setting):
+        return row(material, **stage.method.params)
+    published = {p.name: p.default for p in describe_row("method", stage.method.name).parameters}
+    yours = {k: tuple(v) if isinstance(v, list) else v for k, v in stage.method.params.items() if v != published[k]}
+    prepared, questions = material.questions()
+    sampler = material.sampler(len(questions))
+    rollouts = stage.rollouts or Rollouts()
+    steps = material.steps(sampler) * (1 if stage.train.steps is not None else rollouts.updates * rollouts.passes)
+    return build_policy_gradient(
+        override(row, **yours), questions, build_rewards(stage.rewards or (), None), rollouts, sampler=sampler, total_steps=steps,
+        seed=derive(recipe.seed, "rollouts", stage.name), prepared=prepared, end_ids=material.chat.end_ids,
+    )  # fmt: skip
 
 
 def spread(rows: Sequence[Rendered], n: int) -> list[Rendered]:

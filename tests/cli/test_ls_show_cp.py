@@ -93,7 +93,7 @@ def test_show_dapo_against_grpo_names_the_axes_and_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [line.split() for line in done.stdout.splitlines()] == [
-        ["dapo", "and", "grpo", "(policy_gradient)"],
+        ["dapo", "and", "grpo", "(method)"],
         ["dapo", "grpo"],
         ["weights", "token_mean", "sequence_mean"],
         ["kl_coef", "0.0", "0.04"],

@@ -104,7 +104,7 @@ def test_the_expected_gradient_is_exact_where_the_row_says_so_and_only_there(row
     with torch.no_grad():
         kl = enumerated.completion_logprobs(POLICY) - enumerated.completion_logprobs(REFERENCE)
     want = -enumerated.exact_gradient(POLICY, REWARD - setting.kl_coef * kl)  # E[d log p] = 0: k1 needs no further term
-    if describe("policy_gradient")[row].about.bias == "none":
+    if describe("method")[row].about.bias == "none":
         assert_close(got, want, **TIGHT)
     else:
         assert (got - want).norm() > 0.01 * want.norm()
@@ -254,7 +254,7 @@ def test_a_column_nobody_asked_for_is_never_read(row: str) -> None:
 
 @ROWS
 def test_declared_with_equation_paper_bias_and_taxonomy(row: str) -> None:
-    found = describe("policy_gradient")[row]
+    found = describe("method")[row]
     assert found.citation and found.about.bias and found.about.taxonomy and found.about.year
     assert " = " in found.doc or "loss" in found.doc
     assert {p.name: p.default for p in found.parameters} == vars(POLICY_GRADIENT[row])
@@ -271,5 +271,5 @@ def test_a_setting_has_a_field_for_every_parameter_of_every_row() -> None:
             assert {p.name for p in description.parameters} == set(keywords(load_table(kind)[name]))
             found |= {p.name: p.type for p in description.parameters}
     found["cov_share"] = float
-    mine = {p.name: p.type for p in describe("policy_gradient")["grpo"].parameters if p.name in PARAMETERS}
+    mine = {p.name: p.type for p in describe("method")["grpo"].parameters if p.name in PARAMETERS}
     assert mine == {name: kind | None for name, kind in found.items()}

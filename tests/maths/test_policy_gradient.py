@@ -52,7 +52,7 @@ def test_an_override_keeps_what_still_counts() -> None:
 
 
 def test_a_recipe_line_is_bound_like_that_of_any_row() -> None:
-    row = describe_row("policy_gradient", "grpo")
+    row = describe_row("method", "grpo")
     given = {"weights": "token_mean", "token_filters": ["top_entropy"], "clip_high": 0.28}
     values = bind(row, given)
     assert override(NAMED["grpo"], **{name: values[name] for name in given}).token_filters == ("top_entropy",)
@@ -65,7 +65,7 @@ def test_a_recipe_line_is_bound_like_that_of_any_row() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             bind(row, wrong)
-    dapo = describe_row("policy_gradient", "dapo")
+    dapo = describe_row("method", "dapo")
     assert set(differences(dapo, row)) == {"weights", "kl_coef", "sequence_filters", "clip_high"}
 
 

@@ -72,7 +72,10 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
             f"a step takes {train.batch_rows} rows and the data has {rows}{less}: {rows - held} < {train.batch_rows}"
         )
         yield (*at, "batch_rows"), message, f"type batch_rows: {max(1, rows - held)} or less, or ask for more rows"
-    takes = "rewards" in describe_row("method", stage.method.name).inputs
+    row = describe_row("method", stage.method.name)
+    draws = {"advantage", "surrogate"} <= {p.name for p in row.parameters}  # a point of the policy-gradient algebra
+    takes = draws or "rewards" in row.inputs
+    yield from _rollouts(key, stage, draws)
     if takes and stage.rewards is None:
         yield (*key, "method"), f"{stage.method.name!r} learns from rewards, and there are none", "add rewards: [number]"
     if stage.rewards is not None:
@@ -84,6 +87,21 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
             yield (*key, "evaluate", j), *_no_eval(name, recipe)
         elif name in (stage.evaluate or ())[:j]:
             yield (*key, "evaluate", j), f"eval {name!r} is named twice", "name it once"
+
+
+def _rollouts(key: Key, stage: Stage, draws: bool) -> Iterator[Problem]:
+    """What a method that draws its own completions can and cannot be told."""
+    train, block = stage.train, stage.rollouts
+    if not draws:
+        if block is not None:
+            yield (*key, "rollouts"), f"{stage.method.name!r} draws no completions: they would do nothing", "remove rollouts"
+        return
+    if train.validation_rows is not None:
+        message = f"{stage.method.name!r} has no loss on held-out rows: its rows have no completions"
+        yield (*key, "train", "validation_rows"), message, "remove it, and judge by evals"
+    if block is not None and train.batch_rows % block.updates:
+        message = f"{train.batch_rows} prompts of a round cannot be split evenly over {block.updates} updates"
+        yield (*key, "rollouts", "updates"), message, f"type a divisor of {train.batch_rows}"
 
 
 def rewards_against(block: Rewards, key: Key = ()) -> Iterator[Problem]:

@@ -177,6 +177,22 @@ class Rewards(Section):
     workers: int = Field(default=2, ge=1, description="child processes for each function of yours", examples=[2])
 
 
+class Rollouts(Section):
+    """How completions are drawn to be learned from. A round draws for `train.batch_rows` prompts."""
+
+    group_size: int = Field(default=8, ge=1, description="completions for each prompt, 1 or more", examples=[8])
+    temperature: float = Field(default=1.0, gt=0, description="a number above 0", examples=[1.0])
+    top_k: int = Field(default=0, ge=0, description="a whole number, 0 for off", examples=[0])
+    top_p: float = Field(default=1.0, gt=0, le=1, description="a number above 0, up to 1 for off", examples=[1.0])
+    min_p: float = Field(default=0.0, ge=0, lt=1, description="a number from 0 (off) to below 1", examples=[0.0])
+    max_new_tokens: int = Field(default=256, ge=1, description="a whole number, 1 or more", examples=[256])
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="a list of texts that end a completion", examples=['["\\n\\n"]']
+    )
+    updates: int = Field(default=1, ge=1, description="optimiser steps that share a round's prompts, 1 or more", examples=[1])
+    passes: int = Field(default=1, ge=1, description="how often a round is learned from, 1 or more", examples=[1])
+
+
 class Stage(Section):
     """One step of the pipeline; it starts from the model the stage before it left."""
 
@@ -186,6 +202,9 @@ class Stage(Section):
     train: Train = Field(description="a mapping with steps or epochs, learning_rate, batch_rows ...")
     rewards: Rewards | None = Field(
         default=None, description="a reward, a list of them, or a mapping with use, combine ...; or null"
+    )
+    rollouts: Rollouts | None = Field(
+        default=None, description="a mapping with group_size, max_new_tokens ..., or null", examples=["{group_size: 8}"]
     )
     adapter: Choice | None = Field(
         default=None, description="an adapter, {name: lora, ...}, or null", examples=["lora"]
@@ -278,6 +297,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "stages.<name>.rewards": Rewards,
     "stages.<name>.rewards.use": Reward,
     "stages.<name>.rewards.route": Route,
+    "stages.<name>.rollouts": Rollouts,
     "evals.<name>": Eval,
     "budget": Budget,
     "report": Report,
@@ -306,6 +326,9 @@ ELSEWHERE = {  # what other trainers call our keys
     "n_samples": "rows",
     "model_name_or_path": "model",
     "run_name": "name",
+    "num_generations": "group_size",
+    "max_completion_length": "max_new_tokens",
+    "num_iterations": "passes",
     "torch_dtype": "dtype",
     "reward_funcs": "rewards",
     "reward_weights": "weight",

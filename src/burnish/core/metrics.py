@@ -41,6 +41,15 @@ METRICS: dict[str, Metric] = {
     "reward_infra": Metric("samples", "samples whose reward could not reach what it depends on", "lower"),
     "reward_flat_groups": Metric("1", "share of the groups in which every sample has the same total: no advantage", "lower"),
     "reward_cancelled_groups": Metric("1", "share of the groups whose components vary and whose total does not", "lower"),
+    # rollouts
+    "completion_tokens": Metric("tokens", "sampled tokens of a completion, on average over the round"),
+    "truncated_share": Metric("1", "share of the round's completions cut at max_new_tokens", "lower"),
+    "surprisal": Metric("nats", "mean of -log p of the sampled tokens: an estimate of the policy's entropy"),
+    "dead_groups": Metric("1", "share of the round's groups whose rewards are all equal: no advantage", "lower"),
+    "live_samples": Metric("1", "share of this step's completions that have a gradient", "higher"),
+    "advantage_std": Metric("1", "standard deviation of the advantages of this step's labels"),
+    "sampler_gap": Metric("nats", "mean |log p| between trainer and sampler over this step's labels", "lower"),
+    "sampler_gap_max": Metric("nats", "the largest of them", "lower"),
     # this machine
     "seconds": Metric("s", "wall time of the step", "lower"),
     "reward_seconds": Metric("s", "wall time of scoring a batch", "lower"),

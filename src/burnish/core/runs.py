@@ -151,6 +151,10 @@ class StageFolder:
     def model(self) -> Path:
         return self.root / "model"
 
+    def trajectories(self, number: int) -> Path:
+        """What round `number` of a stage that samples drew."""
+        return self.root / "trajectories" / f"round-{number:06d}.jsonl.gz"
+
     def evaluation(self, name: str) -> Path:
         return self.root / "evals" / f"{check_name(name, 'eval name')}.json"
 

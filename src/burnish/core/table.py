@@ -35,7 +35,7 @@ from burnish.core.signature import (
 )
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "method": ("burnish.methods.supervised:METHODS",),
+    "method": ("burnish.methods.supervised:METHODS", "burnish.maths.settings:POLICY_GRADIENT"),
     "weights": ("burnish.maths.weights:WEIGHTS",),
     "schedule": ("burnish.train.schedules:SCHEDULES",),
     "adapter": ("burnish.models.adapters:ADAPTERS",),
@@ -43,7 +43,6 @@ TABLES: dict[str, tuple[str, ...]] = {
     "task": ("burnish.data.tasks.table:TASKS",),
     "strategy": ("burnish.search.sampling:STRATEGIES",),
     "scorer": ("burnish.search.scorers:SCORERS",),
-    "policy_gradient": ("burnish.maths.settings:POLICY_GRADIENT",),
     "advantage": ("burnish.maths.advantages:ADVANTAGES",),
     "ratio": ("burnish.maths.ratios:RATIOS",),
     "surrogate": ("burnish.maths.surrogates:SURROGATES",),

@@ -205,7 +205,7 @@ CLIP_COV = Setting(
 """
 
 POLICY_GRADIENT = Table(
-    "policy_gradient",
+    "method",
     {
         "reinforce": REINFORCE,
         "reinforce_pp": REINFORCE_PP,

@@ -17,13 +17,13 @@ from burnish.forest.pack import Batch, Micro
 from burnish.forest.stream import Tree
 from burnish.maths.head import Objective
 from burnish.maths.logprobs import weighted_nll
-from burnish.train.method import Material, Work
+from burnish.train.method import Hooks, Material, Work
 
 VALIDATION_ROWS_AT_ONCE = 64
 
 
 @dataclass
-class Supervised:
+class Supervised(Hooks):
     """Rows in the sampler's order, each a tree of one segment. `prepared` says what became of the data."""
 
     prepared: Prepared

@@ -106,6 +106,7 @@ def fit(
     """
     if method.total_steps < 1:
         raise ConfigError("the stage has no step to do", where="train.steps", remedy="set train.steps or train.epochs above zero")
+    method.start(policy, folder, stop.check)
     optimiser = Optimiser(
         policy,
         learning_rate=settings.learning_rate,
@@ -122,6 +123,7 @@ def fit(
         optimiser.load(found.tensors)
         state = State.from_json(found.state["loop"])
         policy.version = found.state["version"]
+        method.load(found.state["method"])
         cut(folder.metrics, found.state["metrics_bytes"])
         cut(folder.timing, found.state["timing_bytes"])
         append_json(folder.timing, {"step": state.step, "kind": "resume"})
@@ -135,7 +137,7 @@ def fit(
     def save() -> None:
         begin = time.perf_counter()
         sizes = {f"{p.stem}_bytes": p.stat().st_size if p.exists() else 0 for p in (folder.metrics, folder.timing)}
-        body = {"loop": state.to_json(), "version": policy.version, **sizes}
+        body = {"loop": state.to_json(), "version": policy.version, "method": method.state(), **sizes}
         checkpoint.save(folder, state.step, optimiser.tensors(), body, keep=settings.keep_checkpoints)
         state.ledger.measure("save", time.perf_counter() - begin)
 
@@ -173,6 +175,7 @@ def fit(
                 break
     finally:
         optimiser.close()
+        method.close()
     if saved != state.step:
         raise AssertionError("the last step was not saved")
     write_json(folder.ledger, state.ledger.to_json())
@@ -189,7 +192,15 @@ def one_step(
     split, gradients are cleared and the dice put back, so that the step is the one it would have been.
     """
     method.prepare(policy, work)
+    state.ledger.spend(work.spend)
     policy.train()
+    rate = settings.learning_rate * schedule(state.step, method.total_steps)
+    if work.batch is None:  # nothing in it has a gradient: counted, and no update is made
+        state.step += 1
+        return emit(
+            step=state.step, kind="train", loss=None, grad_norm=None, lr=rate, label_tokens=0, stream_tokens=0, rows=work.rows,
+            epoch=round(work.epoch, 6), skipped_steps=state.skipped_steps, **work.logged(),
+        )  # fmt: skip
     if not memory.plans:
         memory.decide(policy, optimiser, work.batch.trees, partial(_trial, policy))
         say(str(memory.plan(1)))
@@ -208,7 +219,6 @@ def one_step(
         del micro, error
         dice.back()
     loss, norm = done.loss(), optimiser.gradient_norm()
-    rate = settings.learning_rate * schedule(state.step, method.total_steps)
     finite = math.isfinite(loss) and bool(torch.isfinite(norm))
     state.step += 1
     if finite:
@@ -234,7 +244,7 @@ def one_step(
     return emit(
         step=state.step, kind="train", loss=loss if math.isfinite(loss) else None, grad_norm=float(norm) if finite else None,
         lr=rate, label_tokens=done.labels, stream_tokens=done.tokens, rows=work.rows, epoch=round(work.epoch, 6),
-        skipped_steps=state.skipped_steps, **done.terms(),
+        skipped_steps=state.skipped_steps, **done.terms(), **work.logged(),
     )  # fmt: skip
 
 
@@ -271,6 +281,7 @@ class Done:
 def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: ModelShape) -> Done:
     """Forward and backward of a whole batch. A loss that is not finite spoils the gradients, which are then not used."""
     done = Done()
+    assert work.batch is not None
     for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
         objective, couple = method.objective(work, micro)
         try:
@@ -280,6 +291,7 @@ def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: Mod
                 raise
             raise _TooLarge(micro, error) from None
         done.losses.append(out.loss.detach())
+        method.observe(work, micro, out.logprobs)
         if out.router_loss is not None:
             done.router.append(out.router_loss)
         layout = micro.stream.layout

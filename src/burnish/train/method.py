@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from burnish.core.records import Rendered
+from burnish.core.records import Rendered, Spend
+from burnish.core.runs import StageFolder
 from burnish.data.chat import Mask, Prepared
 from burnish.data.sampler import Sampler
 from burnish.forest.pack import Batch, Micro
@@ -17,13 +18,24 @@ from burnish.maths.head import Objective
 
 @dataclass
 class Work:
-    """One optimiser batch. `columns` are captured tensors in the batch's entry order [M] or unit order [units]."""
+    """One optimiser batch. `columns` are captured tensors in the batch's entry order [M] or unit order [units].
 
-    batch: Batch
+    batch  None until `prepare` where a method makes its own data, and after it where there is nothing to learn from it
+    spend  what making it cost an engine; facts: metrics of it besides the loop's own
+    """
+
+    batch: Batch | None
     rows: int
     where: tuple[str, ...] = ()
     epoch: float = 0.0
     columns: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    spend: Spend = field(default_factory=Spend)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def logged(self) -> dict[str, Any]:
+        """The facts that are metrics."""
+        return {name: value for name, value in self.facts.items() if not name.startswith("_")}
 
 
 class Material(Protocol):
@@ -40,17 +52,47 @@ class Material(Protocol):
         ...
 
 
+class Hooks:
+    """What most methods have nothing to say to."""
+
+    def start(self, policy: Any, folder: StageFolder, poll: Callable[[], None]) -> None:
+        """Before the first step, and before a checkpoint is loaded. `poll` raises when the run is asked to stop."""
+
+    def close(self) -> None:
+        """After the last step, also when it failed."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs besides the step, as JSON."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+
+    def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None:
+        """The trainer's log-probs of a micro-batch, detached."""
+
+
 class Method(Protocol):
-    """Three hooks of the one loop. `batches(step)` starts at that step and is a pure function of it for offline methods."""
+    """Three hooks of the one loop, and those of `Hooks`. `batches(step)` starts at that step and is a pure function of it."""
 
     total_steps: int
 
     def batches(self, step: int) -> Iterator[Work]: ...
 
     def prepare(self, policy: Any, work: Work) -> None:
-        """No gradient, whole batch: weights, reference log-probs, statistics."""
+        """No gradient, whole batch: rollouts and rewards, weights, reference log-probs, statistics."""
         ...
 
     def objective(self, work: Work, micro: Micro) -> tuple[Objective, Tensor | None]:
         """The objective of one micro-batch and its coupling ids [M] (None: tokens are independent)."""
         ...
+
+    def start(self, policy: Any, folder: StageFolder, poll: Callable[[], None]) -> None: ...
+
+    def close(self) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+    def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None: ...

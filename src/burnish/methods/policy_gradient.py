@@ -1,0 +1,346 @@
+"""Reinforcement learning of a policy: rollouts, rewards, advantages, and the objective of a point of the algebra.
+
+A round draws a group of completions for each of its prompts, scores them, and is learned from in `updates` optimiser
+steps, `passes` times. Which columns a round needs (a reference, a greedy answer, a running baseline) follows from the
+setting (`maths.policy_gradient.needs`) and from nothing else. Prompts are read once a group, in rollouts and in training:
+a group is one tree. Completions that can have no gradient (no advantage and no KL, or weight 0) are not computed, and stay
+in the normaliser. What was drawn is written to `trajectories/` and read back by a resume inside a round.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import ConfigError, DataError
+from burnish.core.metrics import emit
+from burnish.core.records import Sampling, Scored, Spend
+from burnish.core.runs import StageFolder, write_atomic
+from burnish.core.seeds import derive
+from burnish.data.chat import Prepared
+from burnish.data.sampler import Sampler
+from burnish.engines.local.engine import LocalEngine
+from burnish.forest.pack import Batch, Micro
+from burnish.forest.stream import Tree, Unit
+from burnish.maths.advantages import next_trace
+from burnish.maths.head import Objective
+from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
+from burnish.models.reference import Reference
+from burnish.rewards.scoring import Rewards
+from burnish.train.method import Hooks, Work
+
+KEPT_ROUNDS = 50  # of trajectories on disk, besides the first two
+# what a round can make; the rest of what the algebra may want has to come from a reward or a critic
+MADE = frozenset(
+    {"unit", "group", "reward", "known", "finished", "old_logprobs", "sampler_logprobs", "ref_logprobs", "greedy_reward", "reward_trace"}
+    | {"rewards", "rewards_known", "component_weight", "noise"}
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt: its ids, what rewards are shown of it, and the columns its row carries."""
+
+    ids: tuple[int, ...]
+    shown: Any
+    columns: Mapping[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion with what it was worth. `rewards`: component -> value, None where unknown; `total` likewise."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: str
+    text: str
+    rewards: Mapping[str, float | None]
+    total: float | None
+
+
+@dataclass
+class Round:
+    """What one round drew: for each question its samples and, where asked for, the reward of its greedy answer."""
+
+    number: int
+    version: str
+    questions: list[int]
+    groups: list[list[Sample]]
+    greedy: list[float | None]
+    spend: Spend
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def write(self, path: Path) -> None:
+        head = {"schema": 1, "round": self.number, "weights_version": self.version, "questions": self.questions, "greedy": self.greedy,
+                "spend": asdict(self.spend), "facts": self.facts}  # fmt: skip
+        lines = [head, *({"group": i, **asdict(s)} for i, group in enumerate(self.groups) for s in group)]
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, gzip.compress("".join(json.dumps(x) + "\n" for x in lines).encode(), mtime=0))
+
+    @classmethod
+    def read(cls, path: Path) -> Round:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            head = json.loads(next(lines))
+            groups: list[list[Sample]] = [[] for _ in head["questions"]]
+            for line in lines:
+                row = json.loads(line)
+                group = row.pop("group")
+                groups[group].append(Sample(**row | {"tokens": tuple(row["tokens"]), "logprobs": tuple(row["logprobs"])}))
+        return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], Spend(**head["spend"]), head["facts"])
+
+
+class PolicyGradient(Hooks):
+    """See module. One optimiser step is one part of a round; `batches(step)` is a pure function of the step."""
+
+    validation = ()
+
+    def __init__(
+        self, setting: Setting, questions: Sequence[Question], rewards: Rewards, sampling: Sampling, *, group_size: int, updates: int,
+        passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.setting, self.questions, self.rewards, self.sampling = setting, questions, rewards, sampling
+        self.group_size, self.updates, self.passes = group_size, updates, passes
+        self.sampler, self.total_steps, self.seed, self.prepared, self.end_ids = sampler, total_steps, seed, prepared, end_ids
+        self.needs = needs(setting)
+        if missing := sorted(self.needs - MADE):
+            raise ConfigError(
+                f"this setting needs {', '.join(missing)}, which rollouts do not make", where="method", remedy="choose another advantage or filter"
+            )
+        if group_size == 1 and "group" in self.needs:
+            raise ConfigError(
+                "its baseline is the group's other samples, and a group of 1 has none", where="rollouts.group_size", remedy="type 2 or more, or choose method: reinforce"
+            )
+        self.trace: list[float] | None = None
+        self._round: Round | None = None
+        self._engine: LocalEngine | None = None
+        self._reference: Reference | None = None
+        self._folder: StageFolder | None = None
+        self._poll: Callable[[], None] | None = None
+
+    # ---- the loop's hooks
+
+    def start(self, policy: Any, folder: StageFolder, poll: Callable[[], None]) -> None:
+        """Before a checkpoint is loaded: the reference is the policy the stage began with."""
+        self._folder, self._poll = folder, poll
+        if "ref_logprobs" in self.needs:
+            self._reference = Reference(policy)
+
+    def close(self) -> None:
+        self.rewards.close()
+        self._engine = self._reference = None
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs besides the step."""
+        return {"trace": self.trace}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.trace = state["trace"]
+
+    def batches(self, step: int) -> Iterator[Work]:
+        rows = self.sampler.batch_rows // self.updates
+        per_round = self.updates * self.passes
+        while step < self.total_steps:
+            yield Work(None, rows=rows, epoch=(step // per_round + 1) * self.sampler.batch_rows / len(self.questions), step=step)
+            step += 1
+
+    def prepare(self, policy: Any, work: Work) -> None:
+        """The round this step belongs to, drawn or read back, and the columns of its part."""
+        number, inside = divmod(work.step, self.updates * self.passes)
+        if self._round is None or self._round.number != number:
+            path = None if self._folder is None else self._folder.trajectories(number)
+            if inside and path is not None and path.exists():
+                self._round = Round.read(path)
+            else:
+                self._round = self._draw(policy, number)
+                work.spend += self._round.spend
+                if path is not None:
+                    self._round.write(path)
+                    self._retire(number)
+            if not inside:
+                work.facts |= self._round.facts
+        part = range(inside % self.updates, len(self._round.questions), self.updates)
+        self._columns(policy, work, self._round, part)
+
+    def objective(self, work: Work, micro: Micro) -> tuple[Objective, Tensor | None]:
+        columns = {name: column[micro.items] for name, column in work.columns.items()}
+        unit = columns["unit"]
+        couple = unit if couples_sequences(self.setting) else None
+        if "old_logprobs" in columns:
+            return objective_of(self.setting, columns), couple
+
+        def at_the_old_policy(logprobs: Tensor, entries: slice) -> Tensor:
+            # one step a round: the old policy is this one, to the bit, whatever rounding the sampler had
+            old = logprobs.new_zeros(len(unit))
+            old[entries] = logprobs.detach()
+            return objective_of(self.setting, columns | {"old_logprobs": old})(logprobs, entries)
+
+        return at_the_old_policy, couple
+
+    def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None:
+        """How far the trainer's log-probs are from the sampler's, for the log: rounding at the first step of a round."""
+        gap = (logprobs.float().cpu() - work.columns["sampler_logprobs"][micro.items]).abs()
+        work.facts["sampler_gap_max"] = max(work.facts.get("sampler_gap_max", 0.0), float(gap.max()))
+        total, count = work.facts.pop("_gap", (0.0, 0))
+        work.facts["_gap"] = total + float(gap.sum()), count + len(gap)
+        work.facts["sampler_gap"] = work.facts["_gap"][0] / work.facts["_gap"][1]
+
+    # ---- a round
+
+    def _draw(self, policy: Any, number: int) -> Round:
+        """Sample groups with the present weights and score them."""
+        policy.train(False)
+        if self._engine is None or self._engine.policy is not policy:
+            self._engine = LocalEngine(policy, end_ids=self.end_ids)
+        engine = self._engine
+        engine.poll = self._poll
+        before, version = engine.spend, engine.weights_version
+        chosen = [int(i) for i in self.sampler.batch(number)]
+        nodes = engine.prefill_many([self.questions[i].ids for i in chosen])
+        rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(self.group_size)]
+        seed = derive(self.seed, "rollouts", number)
+        sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
+        drawn = engine.sample([node for node, _ in rows], sampling, [key for _, key in rows])
+        plain = []
+        if "greedy_reward" in self.needs:
+            greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
+            plain = engine.sample(nodes, greedy, [(q, 0) for q in range(len(nodes))])
+        for node in nodes:
+            engine.free(node)
+        every = [*drawn, *plain]
+        owner = [q for q, _ in (key for _, key in rows)] + list(range(len(plain)))
+        asked = [self.questions[chosen[q]] for q in owner]
+        names = dict.fromkeys(name for question in asked for name in question.columns)
+        columns = {name: [question.columns.get(name) for question in asked] for name in names}
+        columns["completion_ids"] = [list(t.completion) for t in every]
+        shown = [question.shown for question in asked]
+        said: list[Any] = [t.text for t in every]
+        if not isinstance(shown[0], str):
+            said = [[{"role": "assistant", "content": text}] for text in said]
+        groups = [q if i < len(rows) else len(nodes) + q for i, q in enumerate(owner)]
+        found = self.rewards.score(shown, said, columns, groups)
+        stale = next((t for t in drawn if t.weights_version != version), None)
+        if stale is not None:
+            raise DataError(f"was sampled with weights {stale.weights_version}, the policy is at {version}", where=f"trajectory {stale.id}")
+        samples = [
+            Sample(t.completion, t.logprobs or (), t.finish, t.text, {name: ones[i].value for name, ones in found.components.items()}, _value(found.total[i]))
+            for i, t in enumerate(every)
+        ]
+        split = [samples[q * self.group_size : (q + 1) * self.group_size] for q in range(len(nodes))]
+        spent = engine.spend
+        spend = Spend(*(b - a for a, b in zip(asdict(before).values(), asdict(spent).values())))
+        facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
+        facts |= _facts(samples[: len(rows)], split)
+        return Round(number, version, chosen, split, [s.total for s in samples[len(rows) :]], spend, facts)
+
+    def _retire(self, number: int) -> None:
+        if self._folder is not None and (old := number - KEPT_ROUNDS) > 1:
+            self._folder.trajectories(old).unlink(missing_ok=True)
+
+    def _columns(self, policy: Any, work: Work, drawn: Round, part: range) -> None:
+        """The batch of these questions, its captured columns, and what can be left out of it."""
+        groups = [drawn.groups[q] for q in part]
+        samples = [s for group in groups for s in group]
+        length = torch.tensor([len(s.tokens) for s in samples])
+        unit = torch.arange(len(samples)).repeat_interleave(length)
+        columns: dict[str, Tensor] = {
+            "unit": unit,
+            "group": torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups])),
+            "reward": torch.tensor([0.0 if s.total is None else s.total for s in samples]),
+            "known": torch.tensor([s.total is not None for s in samples]),
+            "finished": torch.tensor([s.finish != "length" for s in samples]),
+            "sampler_logprobs": torch.tensor([p for s in samples for p in s.logprobs]),
+        }
+        single = self.updates * self.passes == 1
+        captured = columns["sampler_logprobs"]
+        trees = [_tree(self.questions[drawn.questions[q]].ids, group, range(len(group))) for q, group in zip(part, groups)]
+        whole = Batch(trees)
+        if "ref_logprobs" in self.needs and self._reference is not None:
+            columns["ref_logprobs"], flops = self._reference.logprobs(policy, whole)
+            work.spend += Spend(scored_tokens=whole.entries, useful_flops=flops, executed_flops=flops)
+        if {"rewards", "component_weight"} & self.needs:
+            names = list(samples[0].rewards)
+            columns["rewards"] = torch.tensor([[s.rewards[n] or 0.0 for n in names] for s in samples])
+            columns["rewards_known"] = torch.tensor([[s.rewards[n] is not None for n in names] for s in samples])
+            columns["component_weight"] = torch.tensor([float(self.rewards.weights[n]) for n in names])
+        if "greedy_reward" in self.needs:
+            kept = [drawn.greedy[q] for q in part]
+            columns["greedy_reward"] = torch.tensor([0.0 if g is None else g for g in kept])
+        if "noise" in self.needs:
+            generator = torch.Generator().manual_seed(derive(self.seed, "noise", work.step))
+            columns["noise"] = torch.rand(len(unit), generator=generator)
+        if "reward_trace" in self.needs:
+            columns["reward_trace"] = torch.tensor(self.trace if self.trace is not None else [0.0, 0.0])
+        made = prepare(self.setting, columns | {"old_logprobs": captured})
+        if "reward_trace" in self.needs:
+            self.trace = next_trace(columns["reward_trace"], columns["reward"], columns["known"]).tolist()
+        in_loss = self.setting.kl_coef != 0 and self.setting.kl_placement == "loss"
+        pull = made["weight"] * (1.0 if in_loss else made["policy_weight"] * made["advantage"])
+        live = torch.zeros(len(samples), dtype=torch.bool).index_put_((unit[pull != 0],), torch.tensor(True))
+        work.facts |= emit(live_samples=float(live.float().mean()), advantage_std=float(made["advantage"].std()) if len(unit) > 1 else 0.0)
+        work.where = tuple(self.questions[drawn.questions[q]].where for q in part)
+        if not bool(live.any()):
+            return
+        at = 0
+        kept_trees: list[Tree] = []
+        for q, group in zip(part, groups):
+            members = [i for i in range(len(group)) if live[at + i]]
+            if members:
+                kept_trees.append(_tree(self.questions[drawn.questions[q]].ids, group, members))
+            at += len(group)
+        keep = live[unit]
+        work.batch = Batch(kept_trees)
+        by_entry = {k: v for k, v in (columns | made).items() if v.ndim and len(v) == len(unit) and k != "unit"}
+        if not single:
+            by_entry["old_logprobs"] = captured
+        work.columns = {k: v[keep] for k, v in by_entry.items()} | {"unit": work.batch.unit}
+
+
+def _tree(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[int]) -> Tree:
+    """The prompt with these completions below it; every sampled token is a label."""
+    first = len(prompt)
+    units = tuple(Unit(leaf, tuple(range(first, first + len(group[i].tokens)))) for leaf, i in enumerate(members, start=1))
+    return Tree((prompt, *(group[i].tokens for i in members)), (-1, *(0 for _ in members)), units)
+
+
+def _value(scored: Scored) -> float | None:
+    return scored.value
+
+
+def _facts(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+    """What a round looked like, for the log."""
+    tokens = sum(len(s.tokens) for s in samples)
+    dead = sum(len({s.total for s in group if s.total is not None}) < 2 for group in groups)
+    return emit(
+        completion_tokens=tokens / len(samples),
+        truncated_share=sum(s.finish == "length" for s in samples) / len(samples),
+        surprisal=-sum(p for s in samples for p in s.logprobs) / tokens,
+        dead_groups=dead / len(groups),
+    )
+
+
+def build(
+    setting: Setting, questions: Sequence[Question], rewards: Rewards, rollouts: Any, *, sampler: Sampler, total_steps: int, seed: int,
+    prepared: Prepared, end_ids: Sequence[int],
+) -> PolicyGradient:  # fmt: skip
+    """A method from a point of the algebra and a stage's `rollouts` block (config.schema.Rollouts).
+
+    `fixed_length` weights without a length take `max_new_tokens`. Raises ConfigError for a setting that needs what
+    rollouts do not make.
+    """
+    if setting.weights == "fixed_length" and setting.length is None:
+        setting = override(setting, length=rollouts.max_new_tokens)
+    sampling = Sampling(
+        rollouts.temperature, rollouts.top_k, rollouts.top_p, rollouts.max_new_tokens, rollouts.stop, 0, rollouts.min_p
+    )
+    return PolicyGradient(
+        setting, questions, rewards, sampling, group_size=rollouts.group_size, updates=rollouts.updates, passes=rollouts.passes,
+        sampler=sampler, total_steps=total_steps, seed=seed, prepared=prepared, end_ids=end_ids,
+    )  # fmt: skip

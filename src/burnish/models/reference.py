@@ -1,0 +1,40 @@
+"""The policy a stage began with: what a KL is measured from. An adapter switched off, or a frozen copy."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.forest.pack import Batch
+from burnish.models.policy import Policy
+
+SCORED_TOKENS = 8192  # of one pass: no activations are kept
+
+
+class Reference:
+    """Log-probs of a batch under the weights of `policy` as they are now. An adapted policy lends its own base: no copy."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._copy: Policy | None = None
+        if not policy.adapted:
+            model: Any = copy.deepcopy(policy.model).requires_grad_(False).eval()
+            self._copy = Policy(model, policy.tokenizer, source=policy.source, probe=False)
+            self._copy.logit_map, self._copy.why_not_shared = policy.logit_map, policy.why_not_shared
+
+    @torch.no_grad()
+    def logprobs(self, policy: Policy, batch: Batch) -> tuple[Tensor, int]:
+        """([M] in the batch's entry order, on the host; executed FLOPs)."""
+        scorer = self._copy or policy
+        scorer.train(False)
+        out = torch.zeros(batch.entries)
+        flops = 0
+        with policy.model.disable_adapter() if self._copy is None else nullcontext():  # type: ignore[operator]
+            for micro in batch.split(SCORED_TOKENS):
+                found = scorer(micro, lambda logprobs, entries: logprobs.sum())
+                out[micro.items] = found.logprobs.float().cpu()
+                flops += found.executed_flops(False)
+        return out, flops
