@@ -16,6 +16,7 @@ from burnish.config.provenance import Document
 from burnish.core.errors import ConfigError
 from burnish.core.runs import StageFolder, read_jsonl
 from burnish.core.stop import Stop
+from burnish.core.table import describe
 from burnish.methods.policy_gradient import PolicyGradient, Round
 from burnish.models.load import load_policy
 from burnish.models.policy import Policy
@@ -136,3 +137,18 @@ def test_a_user_reward_and_its_axes(tmp_path: Path) -> None:
     _, rows = train(tmp_path / "00-rl", method={"name": "rloo", "kl_coef": 0.0}, rewards=f"{mine}:short")
     assert all(row["reward_mean"] < 0 for row in rows)
     assert json.dumps(rows)
+
+
+REFUSED = {"ppo": "value", "ppo_kl": "value", "a2c": "value", "grpo_process": "step"}
+ROWS = sorted(name for name, row in describe("method").items() if {"advantage", "surrogate"} <= {p.name for p in row.parameters})
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_takes_a_step_or_says_what_it_lacks(name: str, tmp_path: Path) -> None:
+    if name in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED[name]):
+            stage(method=name)
+        return
+    _, rows = train(tmp_path / "00-rl", method=name, steps=2, batch_rows=6, rollouts={"group_size": 4, "max_new_tokens": 16})
+    assert len(rows) == 2 and all(row["skipped_steps"] == 0 for row in rows)
+    assert any(row["grad_norm"] for row in rows)

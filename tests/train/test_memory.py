@@ -226,7 +226,7 @@ def test_a_label_budget_where_logits_are_what_does_not_fit() -> None:
         one=(activations.Head(0, 0, 1000), activations.Head(0, 0, 0)), several=(activations.Head(0, 0, 0), activations.Head(0, 0, 0)),
     )  # fmt: skip
     made = Memory()
-    tokens = made._tokens(found, 100_000)
+    tokens = made._tokens(found, 100_000, memory.MOST_TOKENS)
     assert tokens == (100_000 - 64 * 1000) // 10
     assert made._rows(found, 1000, 200_000) == (200_000 - 10_000) // 1000
     assert made._rows(found, 100, 200_000) is None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -271,8 +272,9 @@ class PolicyGradient(Hooks):
             columns["rewards_known"] = torch.tensor([[s.rewards[n] is not None for n in names] for s in samples])
             columns["component_weight"] = torch.tensor([float(self.rewards.weights[n]) for n in names])
         if "greedy_reward" in self.needs:
-            kept = [drawn.greedy[q] for q in part]
-            columns["greedy_reward"] = torch.tensor([0.0 if g is None else g for g in kept])
+            answered = torch.tensor([math.nan if drawn.greedy[q] is None else drawn.greedy[q] for q in part])[columns["group"]]
+            columns["known"] &= ~answered.isnan()  # without a greedy reward there is no baseline
+            columns["greedy_reward"] = answered.nan_to_num()
         if "noise" in self.needs:
             generator = torch.Generator().manual_seed(derive(self.seed, "noise", work.step))
             columns["noise"] = torch.rand(len(unit), generator=generator)

@@ -23,6 +23,10 @@ from burnish.train.activations import FEWEST_HEAD_ROWS, Activations, Run, measur
 from burnish.train.optim import Optimiser
 
 MOST_TOKENS = 8192  # products are no faster beyond it
+# tokens times hidden squared beyond which a CPU's are not: Gemma-270M's step took as long at 512 tokens a micro-batch as at 8,192
+# (docs/notebook.md), in two thirds of the memory; a narrow model is bound by calls, and wants them large
+CPU_WORK = 4e8
+LEAST_ON_CPU = 768
 FEW_TOKENS = 512  # and slower below it: then a third more work for the same tokens is the better bargain
 SHARE = 0.8  # of what is free: an allocator returns memory in other pieces than it was asked for, and others run here too
 
@@ -151,7 +155,9 @@ class Memory:
         wanted: list[Checkpointing] = ["off", "layers"] if self.checkpointing == "auto" else [self.checkpointing]
         need = self.micro_tokens if self.micro_tokens != "auto" else max(longest, FEW_TOKENS)
         room: dict[Checkpointing, int] = {}
-        budget = 0
+        budget, most = 0, MOST_TOKENS
+        if policy.device.type == "cpu":
+            most = min(most, max(LEAST_ON_CPU, int(CPU_WORK / policy.shape.hidden**2)))
         for what in wanted:
             try:
                 policy.checkpoint(what)
@@ -163,14 +169,14 @@ class Memory:
             optimiser.zero()
             self.holdings = Holdings.of(policy, optimiser)
             budget = self._budget(policy.device)
-            room[what] = self._tokens(self.activations[what], budget)
+            room[what] = self._tokens(self.activations[what], budget, most)
             if room[what] >= need:
                 break
-        chosen = max(room, key=lambda what: (room[what] >= need, min(room[what], MOST_TOKENS), what == "off"))
+        chosen = max(room, key=lambda what: (room[what] >= need, min(room[what], most), what == "off"))
         activations = self.activations[chosen]
         if room[chosen] < longest:
             raise self._too_small(longest, budget, chosen, policy.device)
-        tokens = self.micro_tokens if self.micro_tokens != "auto" else min(room[chosen], MOST_TOKENS)
+        tokens = self.micro_tokens if self.micro_tokens != "auto" else min(room[chosen], most)
         rows = self._rows(activations, max(tokens, longest), budget)
         self.plans = [(0, Plan(tokens, rows, chosen))]
         per = activations.kept.per_token / 1e3
@@ -191,9 +197,9 @@ class Memory:
             free = min(free, SHARE * (self.limit - used_bytes(device)))
         return int(free) - self.holdings.moments_to_come
 
-    def _tokens(self, activations: Activations, budget: int) -> int:
+    def _tokens(self, activations: Activations, budget: int, most: int) -> int:
         """The most tokens that fit, with the head as small as it can be."""
-        low, high = 0, MOST_TOKENS if self.micro_tokens == "auto" else self.micro_tokens
+        low, high = 0, most if self.micro_tokens == "auto" else self.micro_tokens
         high = max(high, self.longest)
         while low < high:
             middle = (low + high + 1) // 2
