@@ -21,12 +21,16 @@ held: dict[str, Any] = {}
 
 
 class Lengths:
-    """Whether each row has its tokens. Called once a step by `generate`."""
+    """Whether each row has its tokens, and how many were drawn. Called once a step by `generate`.
+
+    TRL cuts what it returns at an end token that was drawn by chance; the rows ran on to their lengths all the same.
+    """
 
     def __init__(self, start: int, lengths: Any) -> None:
-        self.start, self.lengths = start, lengths
+        self.start, self.lengths, self.drawn = start, lengths, 0
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self.drawn = input_ids.shape[1] - self.start
         return self.lengths <= input_ids.shape[1] - self.start
 
 
@@ -78,19 +82,17 @@ def step(*, prompts: list[list[int]], lengths: list[int]) -> Answer:
         for settings in (trainer.generation_config.__dict__, trainer.generation_kwargs):
             settings["max_new_tokens"] = max(lengths)
         live.generate = lambda **given: generate(live, stopping_criteria=criteria, **given)
-        found, _ = trainer._generate_single_turn(prompts, None, {}, 1)
-        drawn = [min(len(row), n) for row, n in zip(found, lengths)]
+        trainer._generate_single_turn(prompts, None, {}, 1)
     else:
         ids, mask = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width, dtype=torch.long)
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
         with torch.inference_mode():
-            out = live.generate(
+            live.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(lengths),
                 eos_token_id=NEVER, pad_token_id=0, stopping_criteria=criteria,
             )  # fmt: skip
-        made = out.shape[1] - width
-        drawn = [min(made, n) for n in lengths]
+    drawn = [min(criteria[0].drawn, n) for n in lengths]
     return {"seconds": time.perf_counter() - begin, "lengths": drawn, "useful_tokens": sum(drawn)}
 
 

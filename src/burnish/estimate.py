@@ -139,6 +139,12 @@ class _Dry:
         self.speed = {name: gflops(t) for name, t in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
         self.peak = self.speed["bfloat16" if dtype == torch.bfloat16 else "float32"]
         built = [build_stage(recipe, stage, policy) for stage in recipe.stages]
+        if drawing := next((b.stage for b in built if b.stage.rewards is not None), None):
+            raise MachineError(
+                f"stage {drawing.name!r} draws its own data, whose length is known when it is drawn: no estimate is made of it yet",
+                where="burnish estimate",
+                remedy="run it with --set stages." + drawing.name + ".budget.tokens=...: a budget stops it cleanly",
+            )
         every = judges(recipe, policy, built)
         base = StageEstimate("base", [Phase("load", self.load_s)])
         decoded: dict[str, _Decoded] = {}

@@ -86,7 +86,7 @@ def test_its_gradient_is_that_of_the_published_loss_on_padded_rows() -> None:
     method: PolicyGradient = built.method
     (work,) = [next(iter(method.batches(0)))]
     method.prepare(policy, work)
-    assert work.batch is not None and method._round is not None
+    assert work.made is not None and method._round is not None
     policy.zero_grad()
     for micro in work.batch.split(200):
         objective, couple = method.objective(work, micro)

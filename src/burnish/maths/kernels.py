@@ -219,9 +219,9 @@ def _agrees(kernels: Kernels, dtype: torch.dtype) -> list[bool]:
     both = 3 * random(6, 48)
     gate, up = both.float().chunk(2, -1)
     agree += [close(kernels.gated(both, False), F.silu(gate) * up), close(kernels.gated(both, True), F.gelu(gate, approximate="tanh") * up)]
-    y = z.float()
-    token, logprob = kernels.draw(y, torch.tensor([0, 2, 2, 4]), torch.arange(4), torch.full((4,), 7), 0.7)
-    agree += [close(logprob, y.log_softmax(-1)[torch.tensor([0, 2, 2, 4]), token])]
+    plain = z.float()
+    token, logprob = kernels.draw(plain, torch.tensor([0, 2, 2, 4]), torch.arange(4), torch.full((4,), 7), 0.7)
+    agree += [close(logprob, plain.log_softmax(-1)[torch.tensor([0, 2, 2, 4]), token])]
     qkv, keys, values = random(3, 8 * 16), random(4, 2, 9, 16), random(4, 2, 9, 16)
     length = torch.tensor([0, 4, 8])
     q, k, v = qkv.clone().view(3, 8, 16).split([4, 2, 2], 1)

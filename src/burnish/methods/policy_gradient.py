@@ -298,7 +298,7 @@ class PolicyGradient(Hooks):
                 kept_trees.append(_tree(self.questions[drawn.questions[q]].ids, group, members))
             at += len(group)
         keep = live[unit]
-        work.batch = Batch(kept_trees)
+        work.made = Batch(kept_trees)
         by_entry = {k: v for k, v in (columns | made).items() if v.ndim and len(v) == len(unit) and k != "unit"}
         if not single:
             by_entry["old_logprobs"] = captured

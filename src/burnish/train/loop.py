@@ -195,7 +195,7 @@ def one_step(
     state.ledger.spend(work.spend)
     policy.train()
     rate = settings.learning_rate * schedule(state.step, method.total_steps)
-    if work.batch is None:  # nothing in it has a gradient: counted, and no update is made
+    if work.made is None:  # nothing in it has a gradient: counted, and no update is made
         state.step += 1
         return emit(
             step=state.step, kind="train", loss=None, grad_norm=None, lr=rate, label_tokens=0, stream_tokens=0, rows=work.rows,
@@ -281,7 +281,6 @@ class Done:
 def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: ModelShape) -> Done:
     """Forward and backward of a whole batch. A loss that is not finite spoils the gradients, which are then not used."""
     done = Done()
-    assert work.batch is not None
     for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
         objective, couple = method.objective(work, micro)
         try:

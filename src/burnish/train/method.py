@@ -20,11 +20,11 @@ from burnish.maths.head import Objective
 class Work:
     """One optimiser batch. `columns` are captured tensors in the batch's entry order [M] or unit order [units].
 
-    batch  None until `prepare` where a method makes its own data, and after it where there is nothing to learn from it
+    made   None until `prepare` where a method makes its own data, and after it where there is nothing to learn from it
     spend  what making it cost an engine; facts: metrics of it besides the loop's own
     """
 
-    batch: Batch | None
+    made: Batch | None
     rows: int
     where: tuple[str, ...] = ()
     epoch: float = 0.0
@@ -32,6 +32,12 @@ class Work:
     step: int = 0
     spend: Spend = field(default_factory=Spend)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> Batch:
+        """The batch, once there is one."""
+        assert self.made is not None
+        return self.made
 
     def logged(self) -> dict[str, Any]:
         """The facts that are metrics."""
