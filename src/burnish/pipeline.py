@@ -109,6 +109,10 @@ def _may_continue(folder: RunFolder, resolved: Resolved, *, resume: bool, allow_
     """Raises unless this run folder may be continued with this recipe."""
     known = read_json(folder.run)
     if known["status"] == "complete":
+        if not folder.report_json.exists() or not folder.report_html.exists():  # killed between its last line and its report
+            from burnish.report.write import write_report
+
+            write_report(folder.root)
         raise CompleteError(
             f"this run is already complete; its report is {folder.report_html}",
             where=str(folder.root),
