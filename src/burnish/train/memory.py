@@ -23,8 +23,8 @@ from burnish.train.activations import FEWEST_HEAD_ROWS, Activations, Run, measur
 from burnish.train.optim import Optimiser
 
 MOST_TOKENS = 8192  # products are no faster beyond it
-# tokens times hidden squared beyond which a CPU's are not: Gemma-270M's step took as long at 512 tokens a micro-batch as at 8,192
-# (docs/notebook.md), in two thirds of the memory; a narrow model is bound by calls, and wants them large
+# tokens times hidden squared beyond which a CPU's hardly are: Gemma-270M's LoRA step took 8 % longer at 512 tokens a micro-batch than
+# at 8,192 (docs/notebook.md), in two thirds of the memory; a narrow model is bound by calls, and wants them large
 CPU_WORK = 4e8
 LEAST_ON_CPU = 768
 FEW_TOKENS = 512  # and slower below it: then a third more work for the same tokens is the better bargain
