@@ -9,30 +9,26 @@ in the normaliser. What was drawn is written to `trajectories/` and read back by
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from burnish.core.errors import ConfigError, DataError
+from burnish.core.errors import ConfigError
 from burnish.core.metrics import emit
-from burnish.core.records import Sampling, Scored, Spend
-from burnish.core.runs import StageFolder, write_atomic
+from burnish.core.records import Sampling, Spend
+from burnish.core.runs import StageFolder
 from burnish.core.seeds import derive
 from burnish.data.chat import Prepared
 from burnish.data.sampler import Sampler
-from burnish.engines.local.engine import LocalEngine
 from burnish.forest.pack import Batch, Micro
-from burnish.forest.stream import Tree, Unit
+from burnish.forest.stream import Tree
 from burnish.maths.advantages import next_trace
 from burnish.maths.head import Objective
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
+from burnish.methods.rounds import Question, Round, Rounds, tree_of
 from burnish.models.reference import Reference
 from burnish.rewards.scoring import Rewards
 from burnish.train.method import Hooks, Work
@@ -43,59 +39,6 @@ MADE = frozenset(
     {"unit", "group", "reward", "known", "finished", "old_logprobs", "sampler_logprobs", "ref_logprobs", "greedy_reward", "reward_trace"}
     | {"rewards", "rewards_known", "component_weight", "noise"}
 )
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt: its ids, what rewards are shown of it, and the columns its row carries."""
-
-    ids: tuple[int, ...]
-    shown: Any
-    columns: Mapping[str, Any]
-    where: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion with what it was worth. `rewards`: component -> value, None where unknown; `total` likewise."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish: str
-    text: str
-    rewards: Mapping[str, float | None]
-    total: float | None
-
-
-@dataclass
-class Round:
-    """What one round drew: for each question its samples and, where asked for, the reward of its greedy answer."""
-
-    number: int
-    version: str
-    questions: list[int]
-    groups: list[list[Sample]]
-    greedy: list[float | None]
-    spend: Spend
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def write(self, path: Path) -> None:
-        head = {"schema": 1, "round": self.number, "weights_version": self.version, "questions": self.questions, "greedy": self.greedy,
-                "spend": asdict(self.spend), "facts": self.facts}  # fmt: skip
-        lines = [head, *({"group": i, **asdict(s)} for i, group in enumerate(self.groups) for s in group)]
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, gzip.compress("".join(json.dumps(x) + "\n" for x in lines).encode(), mtime=0))
-
-    @classmethod
-    def read(cls, path: Path) -> Round:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            head = json.loads(next(lines))
-            groups: list[list[Sample]] = [[] for _ in head["questions"]]
-            for line in lines:
-                row = json.loads(line)
-                group = row.pop("group")
-                groups[group].append(Sample(**row | {"tokens": tuple(row["tokens"]), "logprobs": tuple(row["logprobs"])}))
-        return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], Spend(**head["spend"]), head["facts"])
 
 
 class PolicyGradient(Hooks):
@@ -109,7 +52,7 @@ class PolicyGradient(Hooks):
     ) -> None:  # fmt: skip
         self.setting, self.questions, self.rewards, self.sampling = setting, questions, rewards, sampling
         self.group_size, self.updates, self.passes = group_size, updates, passes
-        self.sampler, self.total_steps, self.seed, self.prepared, self.end_ids = sampler, total_steps, seed, prepared, end_ids
+        self.sampler, self.total_steps, self.seed, self.prepared = sampler, total_steps, seed, prepared
         self.needs = needs(setting)
         if missing := sorted(self.needs - MADE):
             raise ConfigError(
@@ -120,23 +63,24 @@ class PolicyGradient(Hooks):
                 "its baseline is the group's other samples, and a group of 1 has none", where="rollouts.group_size", remedy="type 2 or more, or choose method: reinforce"
             )
         self.trace: list[float] | None = None
+        self.rounds = Rounds(
+            questions, rewards, sampling, sampler, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs
+        )
         self._round: Round | None = None
-        self._engine: LocalEngine | None = None
         self._reference: Reference | None = None
         self._folder: StageFolder | None = None
-        self._poll: Callable[[], None] | None = None
 
     # ---- the loop's hooks
 
     def start(self, policy: Any, folder: StageFolder, poll: Callable[[], None]) -> None:
         """Before a checkpoint is loaded: the reference is the policy the stage began with."""
-        self._folder, self._poll = folder, poll
+        self._folder, self.rounds.poll = folder, poll
         if "ref_logprobs" in self.needs:
             self._reference = Reference(policy)
 
     def close(self) -> None:
         self.rewards.close()
-        self._engine = self._reference = None
+        self.rounds.engine = self._reference = None
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the step."""
@@ -160,7 +104,7 @@ class PolicyGradient(Hooks):
             if inside and path is not None and path.exists():
                 self._round = Round.read(path)
             else:
-                self._round = self._draw(policy, number)
+                self._round = self.rounds.draw(policy, number)
                 work.spend += self._round.spend
                 if path is not None:
                     self._round.write(path)
@@ -195,52 +139,6 @@ class PolicyGradient(Hooks):
 
     # ---- a round
 
-    def _draw(self, policy: Any, number: int) -> Round:
-        """Sample groups with the present weights and score them."""
-        policy.train(False)
-        if self._engine is None or self._engine.policy is not policy:
-            self._engine = LocalEngine(policy, end_ids=self.end_ids)
-        engine = self._engine
-        engine.poll = self._poll
-        before, version = engine.spend, engine.weights_version
-        chosen = [int(i) for i in self.sampler.batch(number)]
-        nodes = engine.prefill_many([self.questions[i].ids for i in chosen])
-        rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(self.group_size)]
-        seed = derive(self.seed, "rollouts", number)
-        sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
-        drawn = engine.sample([node for node, _ in rows], sampling, [key for _, key in rows])
-        plain = []
-        if "greedy_reward" in self.needs:
-            greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
-            plain = engine.sample(nodes, greedy, [(q, 0) for q in range(len(nodes))])
-        for node in nodes:
-            engine.free(node)
-        every = [*drawn, *plain]
-        owner = [q for q, _ in (key for _, key in rows)] + list(range(len(plain)))
-        asked = [self.questions[chosen[q]] for q in owner]
-        names = dict.fromkeys(name for question in asked for name in question.columns)
-        columns = {name: [question.columns.get(name) for question in asked] for name in names}
-        columns["completion_ids"] = [list(t.completion) for t in every]
-        shown = [question.shown for question in asked]
-        said: list[Any] = [t.text for t in every]
-        if not isinstance(shown[0], str):
-            said = [[{"role": "assistant", "content": text}] for text in said]
-        groups = [q if i < len(rows) else len(nodes) + q for i, q in enumerate(owner)]
-        found = self.rewards.score(shown, said, columns, groups)
-        stale = next((t for t in drawn if t.weights_version != version), None)
-        if stale is not None:
-            raise DataError(f"was sampled with weights {stale.weights_version}, the policy is at {version}", where=f"trajectory {stale.id}")
-        samples = [
-            Sample(t.completion, t.logprobs or (), t.finish, t.text, {name: ones[i].value for name, ones in found.components.items()}, _value(found.total[i]))
-            for i, t in enumerate(every)
-        ]
-        split = [samples[q * self.group_size : (q + 1) * self.group_size] for q in range(len(nodes))]
-        spent = engine.spend
-        spend = Spend(*(b - a for a, b in zip(asdict(before).values(), asdict(spent).values())))
-        facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
-        facts |= _facts(samples[: len(rows)], split)
-        return Round(number, version, chosen, split, [s.total for s in samples[len(rows) :]], spend, facts)
-
     def _retire(self, number: int) -> None:
         if self._folder is not None and (old := number - KEPT_ROUNDS) > 1:
             self._folder.trajectories(old).unlink(missing_ok=True)
@@ -261,7 +159,7 @@ class PolicyGradient(Hooks):
         }
         single = self.updates * self.passes == 1
         captured = columns["sampler_logprobs"]
-        trees = [_tree(self.questions[drawn.questions[q]].ids, group, range(len(group))) for q, group in zip(part, groups)]
+        trees = [tree_of(self.questions[drawn.questions[q]].ids, group, range(len(group))) for q, group in zip(part, groups)]
         whole = Batch(trees)
         if "ref_logprobs" in self.needs and self._reference is not None:
             columns["ref_logprobs"], flops = self._reference.logprobs(policy, whole)
@@ -295,7 +193,7 @@ class PolicyGradient(Hooks):
         for q, group in zip(part, groups):
             members = [i for i in range(len(group)) if live[at + i]]
             if members:
-                kept_trees.append(_tree(self.questions[drawn.questions[q]].ids, group, members))
+                kept_trees.append(tree_of(self.questions[drawn.questions[q]].ids, group, members))
             at += len(group)
         keep = live[unit]
         work.made = Batch(kept_trees)
@@ -303,29 +201,6 @@ class PolicyGradient(Hooks):
         if not single:
             by_entry["old_logprobs"] = captured
         work.columns = {k: v[keep] for k, v in by_entry.items()} | {"unit": work.batch.unit}
-
-
-def _tree(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[int]) -> Tree:
-    """The prompt with these completions below it; every sampled token is a label."""
-    first = len(prompt)
-    units = tuple(Unit(leaf, tuple(range(first, first + len(group[i].tokens)))) for leaf, i in enumerate(members, start=1))
-    return Tree((prompt, *(group[i].tokens for i in members)), (-1, *(0 for _ in members)), units)
-
-
-def _value(scored: Scored) -> float | None:
-    return scored.value
-
-
-def _facts(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-    """What a round looked like, for the log."""
-    tokens = sum(len(s.tokens) for s in samples)
-    dead = sum(len({s.total for s in group if s.total is not None}) < 2 for group in groups)
-    return emit(
-        completion_tokens=tokens / len(samples),
-        truncated_share=sum(s.finish == "length" for s in samples) / len(samples),
-        surprisal=-sum(p for s in samples for p in s.logprobs) / tokens,
-        dead_groups=dead / len(groups),
-    )
 
 
 def build(
