@@ -15,7 +15,7 @@ from burnish.engines.base import Node, StaleNodeError
 from burnish.engines.local import lean, plans
 from burnish.engines.local import rollout as rollout_module
 from burnish.engines.local.engine import LocalEngine
-from burnish.maths.kernels import kernels_for
+from burnish.maths.kernels import FEW, Kernels, kernels_for
 from burnish.models.adapters import lora
 from tests.engines.chi_square import chi_square
 from tests.engines.policies import generated, own_logprobs, policy, prompts, reference
@@ -328,6 +328,27 @@ def test_the_lean_body_is_used_and_the_models_own_where_it_cannot_be(name: str) 
     assert [t.completion for t in run(engine, prompts(8), GREEDY)] == generated(name, 8, 20)
     engine.weights.lean = None
     assert [t.completion for t in run(engine, prompts(8), GREEDY)] == generated(name, 8, 20)
+
+
+@pytest.mark.skipif(kernels_for(torch.float32) is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_a_few_rows_read_the_weights_where_they_lie_and_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prompts(3)
+    want = run(LocalEngine(policy(name)), given, WARM)
+    monkeypatch.setattr(lean, "FEW_FROM_BYTES", 0)
+    calls: list[int] = []
+    few_rows = Kernels.few_rows
+
+    def counted(self: Kernels, weights: Any, biases: Any) -> Any:
+        product = few_rows(self, weights, biases)
+        return lambda x: (calls.append(len(x)), product(x))[1]
+
+    monkeypatch.setattr(Kernels, "few_rows", counted)
+    got = run(LocalEngine(policy(name)), given, WARM)
+    assert calls and max(calls) <= FEW
+    assert [t.completion for t in got] == [t.completion for t in want]
+    for x, y in zip(got, want):
+        assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])

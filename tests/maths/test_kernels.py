@@ -91,3 +91,18 @@ def test_without_a_compiler_or_by_choice_torch_does_the_work(tmp_path: object) -
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernels, "gated", lambda self, both, gelu: both[:, : both.shape[1] // 2] * 1.1)
     assert kernels._checked.__wrapped__(torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", range(1, kernels.FEW + 1))
+@pytest.mark.parametrize("width", [31, 32, 200])
+def test_few_rows_are_the_products_side_by_side(dtype: torch.dtype, rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weights = [torch.randn(n, width, generator=generator).to(dtype) for n in (1, 37, 64)]
+    biases = [None, torch.randn(37, generator=generator).to(dtype), None]
+    x = torch.randn(rows, width, generator=generator).to(dtype)
+    run = made(dtype).few_rows(weights, biases)
+    want = torch.cat([F.linear(x.double(), w.double(), None if b is None else b.double()) for w, b in zip(weights, biases)], -1)
+    assert torch.allclose(run(x).double(), want, rtol=4 * torch.finfo(dtype).eps, atol=2e-5 if dtype == torch.float32 else 2e-3)
+    weights[1][5] += 1  # the weights are read where they lie
+    assert not torch.equal(run(x)[:, 6].double(), want[:, 6])

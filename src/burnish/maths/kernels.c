@@ -5,6 +5,7 @@
    where the tensors they replace would have been. Rows are independent; threads divide them. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -226,3 +227,58 @@ void draw_f32(const float *z, int64_t n, int64_t v, const int64_t *row, const in
             for (int64_t j = 0; j < w; j++) if (y[j] > best) { best = y[j]; at = a + j; } }
         token[i] = at; logprob[i] = x[at] - lse[row[i]]; } }
 }
+
+/* y [n, all] = x [n, in] W^T (+ bias), n at most 4, of several weights [out, in] that read the same rows, side by side in y. Such a
+   product is bound by reading the weights: each thread walks several places of its share at once and asks for what lies a kilobyte
+   ahead, which keeps more of memory busy than one walk does. Sums in float, vectors of 16. */
+#define AHEAD 1024
+typedef float vector __attribute__((vector_size(64)));
+typedef uint32_t bits __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+static inline vector sixteen_f32(const float *x) { vector y; memcpy(&y, x, 64); return y; }
+static inline vector sixteen_bf16(const bf16 *x) {
+    halves h; memcpy(&h, x, 32);
+    bits b = __builtin_convertvector(h, bits) << 16; vector y; memcpy(&y, &b, 64); return y;
+}
+static inline float across(vector v) { float s = 0; for (int l = 0; l < 16; l++) s += v[l]; return s; }
+
+#define FEW(T, S, N, K) \
+static void few_##N##_##S(const float *x, int64_t in, const T *w, const T *bias, int64_t a, int64_t b, T *y, int64_t all) { \
+    int64_t apart = (b - a) / K, whole = in / 32 * 32; \
+    for (int64_t i = 0; i < apart; i++) { \
+        const T *row = w + (a + i) * in; vector sum[K][N]; \
+        for (int k = 0; k < K; k++) for (int m = 0; m < N; m++) sum[k][m] = (vector){0}; \
+        for (int64_t j = 0; j < whole; j += 32) \
+            for (int k = 0; k < K; k++) { \
+                const T *at = row + k * apart * in + j; vector left = sixteen_##S(at), right = sixteen_##S(at + 16); \
+                __builtin_prefetch((const char *)at + AHEAD); \
+                if (sizeof(T) == 4) __builtin_prefetch((const char *)at + AHEAD + 64); \
+                for (int m = 0; m < N; m++) sum[k][m] += left * sixteen_f32(x + m * in + j) + right * sixteen_f32(x + m * in + j + 16); } \
+        for (int k = 0; k < K; k++) for (int m = 0; m < N; m++) { \
+            int64_t o = a + k * apart + i; float s = across(sum[k][m]); \
+            for (int64_t j = whole; j < in; j++) s += x[m * in + j] * wide_##S(w[o * in + j]); \
+            y[m * all + o] = narrow_##S(bias ? s + wide_##S(bias[o]) : s); } } \
+    for (int64_t o = a + K * apart; o < b; o++) for (int m = 0; m < N; m++) { \
+        float s = 0; for (int64_t j = 0; j < in; j++) s += x[m * in + j] * wide_##S(w[o * in + j]); \
+        y[m * all + o] = narrow_##S(bias ? s + wide_##S(bias[o]) : s); } \
+}
+#define FEW_EACH(T, S) FEW(T, S, 1, 8) FEW(T, S, 2, 4) FEW(T, S, 3, 4) FEW(T, S, 4, 4)
+EACH_TYPE(FEW_EACH)
+
+#define FEW_ROWS(T, S) \
+void few_rows_##S(const T *x, int64_t n, int64_t in, int64_t parts, const T *const *weights, const T *const *biases, const int64_t *outs, T *y) { \
+    int64_t all = 0; for (int64_t p = 0; p < parts; p++) all += outs[p]; \
+    float *wide = malloc(sizeof(float) * n * in); \
+    for (int64_t j = 0; j < n * in; j++) wide[j] = wide_##S(x[j]); \
+    _Pragma("omp parallel") { \
+        int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), at = 0; \
+        for (int64_t p = 0; p < parts; at += outs[p++]) { \
+            int64_t a = outs[p] * me / threads, b = outs[p] * (me + 1) / threads; \
+            switch (n) { \
+                case 1: few_1_##S(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
+                case 2: few_2_##S(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
+                case 3: few_3_##S(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
+                default: few_4_##S(wide, in, weights[p], biases[p], a, b, y + at, all); } } } \
+    free(wide); \
+}
+EACH_TYPE(FEW_ROWS)

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+FEW = 4  # rows of `few_rows`
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "overwrite_exp": (_POINTER, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int, _POINTER, _POINTER),
     "block_lse": (_POINTER, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _POINTER, _POINTER),
     "add_norm": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, ctypes.c_int, _POINTER),
     "gated": (_POINTER, _INT, _INT, ctypes.c_int, _POINTER),
+    "few_rows": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER),
     "draw": (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _POINTER),
     "decode": (
         *(_POINTER, _POINTER, _FLOAT, ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
@@ -94,6 +96,24 @@ class Kernels:
         out = both.new_empty(len(both), both.shape[1] // 2)
         self._run["gated"](both.data_ptr(), *out.shape, gelu, out.data_ptr())
         return out
+
+    def few_rows(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
+        """x [n, in] -> [n, sum of out], n at most FEW: the products with weights [out, in] side by side, read once where they lie.
+
+        About as fast as memory is: 1.2 to 1.4 times mkldnn's products of one row in bf16 (docs/notebook.md)."""
+        kept, count = [w.detach() for w in weights], len(weights)  # keeps the storages alive: C holds their addresses
+        where = (_POINTER * count)(*(w.data_ptr() for w in kept))
+        added = (_POINTER * count)(*(None if b is None else b.data_ptr() for b in biases))
+        outs = (_INT * count)(*(len(w) for w in kept))
+        total, width = sum(outs), kept[0].shape[1]
+
+        def run(x: Tensor) -> Tensor:
+            out = x.new_empty(len(x), total)
+            self._run["few_rows"](x.data_ptr(), len(x), width, count, where, added, outs, out.data_ptr())
+            return out
+
+        run.__dict__["holds"] = kept, list(biases)
+        return run
 
     def draw(self, z: Tensor, row: Tensor, key: Tensor, position: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """tokens [m] = argmax of z[row] / temperature + Gumbel noise of (key, position, lane), and their log-probabilities
@@ -219,6 +239,11 @@ def _agrees(kernels: Kernels, dtype: torch.dtype) -> list[bool]:
     both = 3 * random(6, 48)
     gate, up = both.float().chunk(2, -1)
     agree += [close(kernels.gated(both, False), F.silu(gate) * up), close(kernels.gated(both, True), F.gelu(gate, approximate="tanh") * up)]
+    a, b, bias = random(21, 40), random(9, 40), random(9)
+    for n in range(1, FEW + 1):
+        x = random(n, 40)
+        got = kernels.few_rows((a, b), (None, bias))(x)
+        agree += [close(got, torch.cat([F.linear(x.float(), a.float()), F.linear(x.float(), b.float(), bias.float())], -1))]
     plain = z.float()
     token, logprob = kernels.draw(plain, torch.tensor([0, 2, 2, 4]), torch.arange(4), torch.full((4,), 7), 0.7)
     agree += [close(logprob, plain.log_softmax(-1)[torch.tensor([0, 2, 2, 4]), token])]

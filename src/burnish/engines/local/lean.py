@@ -28,11 +28,12 @@ from burnish.engines.local.plans import Decode
 from burnish.forest.attention import Forest, rotation_limit
 from burnish.forest.stream import Layout
 from burnish.maths.head import effective_weight
-from burnish.maths.kernels import Kernels, kernels_for
+from burnish.maths.kernels import FEW, Kernels, kernels_for
 from burnish.models.policy import Policy
 
 COPIED_BYTES = 64 * 2**20  # a model whose weights take less is copied for joined products even where nothing is reordered
 _PROBE = Layout((5, 3, 4, 6), (-1, 0, 0, -1))
+FEW_FROM_BYTES = 2**20  # a smaller matrix stays in cache, where the stock product is as fast
 _ROWS = 32  # what reordered weights are laid out for; other row counts work
 
 
@@ -62,6 +63,14 @@ def _reordered(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     return lambda x, bias: run(x, packed, bias, "none", [], "")
 
 
+def _few(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor] | None:
+    """The same product for at most FEW rows, bound by memory, from tensors that exist anyway; None where it is not the faster."""
+    kernels = kernels_for(weights[0].dtype, weights[0].device.type)
+    if kernels is None or not all(w.is_contiguous() for w in weights) or sum(w.nbytes for w in weights) < FEW_FROM_BYTES:
+        return None
+    return kernels.few_rows(weights, biases)
+
+
 class Matrix:
     """One product for several linear modules that read the same rows: x [n, in] -> [n, sum of out].
 
@@ -84,15 +93,16 @@ class Matrix:
         if any(b is None for b in biases) and not all(b is None for b in biases):
             raise NotUnderstood("only some of the projections of the same rows have a bias")
         bias = None if biases[0] is None else torch.cat(biases) if len(biases) > 1 else biases[0]
+        few = _few(weights, biases) if all(w is m.weight for w, m in zip(weights, self.modules)) else None
         if weights[0].dtype == torch.bfloat16 and reorders(weights[0].device.type):
             run = _reordered(weights[0] if len(weights) == 1 else torch.cat(weights))
-            self.run = lambda x: run(x, bias)
+            self.run = lambda x: few(x) if few is not None and len(x) <= FEW else run(x, bias)
         elif len(weights) == 1 or self.copied:
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self.run = lambda x: F.linear(x, weight, bias)
+            self.run = lambda x: few(x) if few is not None and len(x) <= FEW else F.linear(x, weight, bias)
         else:  # a large model in full precision: its own tensors, product by product
             pairs = list(zip(weights, biases))
-            self.run = lambda x: torch.cat([F.linear(x, w, b) for w, b in pairs], -1)
+            self.run = lambda x: few(x) if few is not None and len(x) <= FEW else torch.cat([F.linear(x, w, b) for w, b in pairs], -1)
 
 
 # ---- norms and rotations --------------------------------------------------------------------------------------------
@@ -437,11 +447,15 @@ class Weights:
     @torch.no_grad()
     def _make_head(self) -> None:
         weight, bias = self.policy.head_weight().detach(), self.policy.head_bias()
-        if weight.dtype == torch.bfloat16 and reorders(weight.device.type):
-            run = _reordered(weight)
-            self.head: Callable[[Tensor], Tensor] = lambda hidden: run(hidden, bias)
-        else:
-            self.head = lambda hidden: F.linear(hidden, weight, bias)
+        few = _few([weight], [bias])
+        run = _reordered(weight) if weight.dtype == torch.bfloat16 and reorders(weight.device.type) else None
+
+        def head(hidden: Tensor) -> Tensor:
+            if few is not None and len(hidden) <= FEW:
+                return few(hidden)
+            return F.linear(hidden, weight, bias) if run is None else run(hidden, bias)
+
+        self.head: Callable[[Tensor], Tensor] = head
 
     def current(self) -> Weights:
         """The same, remade if the policy has moved on since."""
