@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from burnish.forest.pack import Batch, Micro
 from burnish.models.load import load_policy, resolve
 from burnish.models.policy import Policy
 from burnish.search.base import strategy
-from burnish.train.loop import State, one_step
+from burnish.train.activations import measure
+from burnish.train.loop import State, one_step, trial
 from burnish.train.memory import Holdings, Plan, bytes_of
 from burnish.train.method import Work
 from burnish.train.optim import Optimiser
@@ -419,7 +421,9 @@ def _steps(built: Built, policy: Policy) -> _Taken:
                 fixed = max(0.0, took - less * (min(times[1:]) - took) / (executed - less))
         grown = peak() - before
     plan = memory.plan(1)
-    known = memory.activations[plan.checkpointing]
+    known = memory.activations.get(plan.checkpointing)
+    if known is None:  # memory was ample, and nobody asked
+        known = measure(policy, work.batch.trees, partial(trial, policy))
 
     def held(micro: tuple[int, int]) -> int:
         return known.peak(*micro)

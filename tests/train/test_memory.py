@@ -24,7 +24,7 @@ from burnish.models.adapters import lora
 from burnish.models.policy import Policy
 from burnish.train import activations, memory
 from burnish.train.activations import Watch, like, measure
-from burnish.train.loop import _trial, fit, forward_backward
+from burnish.train.loop import fit, forward_backward, trial
 from burnish.train.memory import Holdings, Memory, Plan, out_of_memory
 from burnish.train.optim import Optimiser
 from burnish.train.schedules import linear
@@ -56,7 +56,7 @@ def row(n: int, labels: int) -> Tree:
 
 
 def measured(p: Policy, trees: list[Tree]) -> activations.Activations:
-    return measure(p, trees, lambda *order: _trial(p, *order))
+    return measure(p, trees, lambda *order: trial(p, *order))
 
 
 def peak_of(p: Policy, trees: list[Tree]) -> int:
@@ -170,15 +170,39 @@ def decided(monkeypatch: pytest.MonkeyPatch, free: int, longest: int = 100, **wa
     optimiser = Optimiser(p, learning_rate=1e-3)
     p.train()
     made = Memory(longest=longest, **wanted)
-    made.decide(p, optimiser, [row(60, 30)], lambda *order: _trial(p, *order))
+    made.decide(p, optimiser, [row(60, 30)], lambda *order: trial(p, *order))
     optimiser.close()
     return made
 
 
 def test_with_room_nothing_is_run_again_and_products_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = decided(monkeypatch, 10**10)
-    assert made.plan(1) == Plan(memory.MOST_TOKENS, None, "off")
+    counted = decided(monkeypatch, 10**11)
+    assert counted.plan(1) == Plan(memory.MOST_TOKENS, None, "off")
+    assert not counted.activations and counted.measured["ceiling_bytes"] <= counted.measured["budget_bytes"]
+    free = int(0.9 * counted.measured["ceiling_bytes"] / memory.SHARE)
+    made = decided(monkeypatch, free)  # room by measure, not by a count that is too high
+    assert made.plan(1) == counted.plan(1)
     assert list(made.activations) == ["off"]  # nothing else was measured
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3", "gemma2", "phi3", "olmo2", "granite", "mistral", "cohere2"])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_count_is_more_than_what_is_held(family: str, adapter: bool, dtype: torch.dtype) -> None:
+    p = wide(family, adapter=adapter, dtype=dtype)
+    optimiser = Optimiser(p, learning_rate=1e-3)
+    p.train()
+    for trees in ([row(32, 31)], [row(64, 63)] * 16):
+        tokens = sum(t.size for t in trees)
+        held = peak_of(p, trees)
+        count = activations.ceiling(p, tokens)
+        assert count is not None and held < count < 12 * held, (held, count)
+    optimiser.close()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "bloom"])
+def test_parts_that_are_not_known_are_measured(family: str) -> None:
+    assert activations.ceiling(Policy(tiny(family), WORDS), 100) is None
 
 
 def test_the_plan_fits_into_what_is_free_and_the_next_size_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +422,7 @@ def test_a_stage_decides_at_its_first_step(tmp_path: Path) -> None:
     fit(policy(), method(2), SETTINGS, StageFolder(tmp_path / "00-a").make(), schedule=linear, memory=auto, stop=Stop())
     (decision,) = decisions
     assert decision["plans"][0]["micro_tokens"] == auto.plan(1).micro_tokens > 0
-    assert decision["measured"]["activations"]["kept"]["per_token"] > 0 and decision["why"]
+    assert decision["measured"]["ceiling_bytes"] > 0 and decision["why"]
     assert Memory().replay(decision).plan(1) == auto.plan(1)
 
 

@@ -1,6 +1,7 @@
 """What a micro-batch holds while it runs, in bytes: measured on a few small ones and linear from there.
 
-Nothing is guessed from the architecture. `Watch` sees every tensor that comes and goes, on any device, and allocates
+Where memory is ample even by a count that is too high (`ceiling`), measuring is left out: on a large vocabulary it takes
+longer than a step. Else nothing is guessed from the architecture. `Watch` sees every tensor that comes and goes, on any device, and allocates
 nothing; what kernels use inside themselves (a few MB) it does not see.
 """
 
@@ -15,13 +16,13 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from burnish.forest.pack import Batch, Micro
 from burnish.forest.stream import Tree, Unit
-from burnish.maths.head import Objective, row_limit
+from burnish.maths.head import LOGITS_BYTES, Objective, row_limit
 from burnish.models.policy import Policy
 
 TOKENS = (64, 192)  # of the micro-batches measured: the line through them was 0.1 % off at 4,096 (spark, fp32)
@@ -190,6 +191,31 @@ def measure(policy: Policy, trees: Sequence[Tree], run: Run) -> Activations:
         body=Line.through(TOKENS, body), kept=Line.through(TOKENS, kept), layers=Line.through(TOKENS, layers),
         embedding=Line.through(TOKENS, embedding), one=(one[0], one[1]), several=(several[0], several[1]), one_rows=one_rows, chunk_rows=limit,
     )  # fmt: skip
+
+
+def ceiling(policy: Policy, tokens: int) -> int | None:
+    """More bytes than a micro-batch of `tokens` tokens, all of them labels, holds above what stands there anyway.
+
+    A count of the body's modules, two to four times what is measured: a linear map with its input and output four times
+    in float32, a norm ten times, the head's chunk three times. None where the body has parts it does not know, or rows
+    are padded.
+    """
+    shape = policy.shape
+    if policy.router is not None or policy.why_not_shared is not None:
+        return None
+    row = 16 * shape.hidden
+    for module in policy.body.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.Linear):
+            row += 16 * (module.in_features + module.out_features)
+        elif own and all(p.ndim == 1 for p in own):
+            row += 40 * max(own[0].numel(), shape.query_heads * shape.key_width)
+        elif own and not isinstance(module, nn.Embedding):
+            return None
+    weight = policy.head_weight()
+    size, buffer = weight.numel() // shape.hidden * weight.element_size(), 4 * weight.numel()
+    head = 3 * min(tokens * size, LOGITS_BYTES + buffer) + 3 * buffer * weight.requires_grad
+    return tokens * row + head
 
 
 def _chunks(weight: Tensor) -> tuple[int, int, int]:

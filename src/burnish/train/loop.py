@@ -202,7 +202,7 @@ def one_step(
             epoch=round(work.epoch, 6), skipped_steps=state.skipped_steps, **work.logged(),
         )  # fmt: skip
     if not memory.plans:
-        memory.decide(policy, optimiser, work.batch.trees, partial(_trial, policy))
+        memory.decide(policy, optimiser, work.batch.trees, partial(trial, policy))
         say(str(memory.plan(1)))
     dice = Dice(policy.device)
     while True:
@@ -314,5 +314,6 @@ def forward_backward(
     return out
 
 
-def _trial(policy: Policy, micro: Micro, objective: Objective, rows: int | None, between: Callable[[], None]) -> None:
+def trial(policy: Policy, micro: Micro, objective: Objective, rows: int | None, between: Callable[[], None]) -> None:
+    """`forward_backward` as `activations.measure` runs it."""
     forward_backward(policy, micro, objective, rows=rows, between=between)

@@ -19,7 +19,7 @@ from burnish.forest.pack import Micro
 from burnish.forest.stream import Tree
 from burnish.models.policy import Policy
 from burnish.models.recompute import Checkpointing
-from burnish.train.activations import FEWEST_HEAD_ROWS, Activations, Run, measure
+from burnish.train.activations import FEWEST_HEAD_ROWS, Activations, Run, ceiling, measure
 from burnish.train.optim import Optimiser
 
 MOST_TOKENS = 8192  # products are no faster beyond it
@@ -158,6 +158,8 @@ class Memory:
         budget, most = 0, MOST_TOKENS
         if policy.device.type == "cpu":
             most = min(most, max(LEAST_ON_CPU, int(CPU_WORK / policy.shape.hidden**2)))
+        if wanted[0] == "off" and self._ample(policy, optimiser, most if self.micro_tokens == "auto" else self.micro_tokens, longest):
+            return
         for what in wanted:
             try:
                 policy.checkpoint(what)
@@ -188,6 +190,21 @@ class Memory:
             self.why += f" (without checkpointing {self.activations['off'].kept.per_token / 1e3:.3g} kB: {max(0, room['off'])} tokens would fit)"
         self.measured = {"budget_bytes": budget, "holdings": asdict(self.holdings or Holdings(0, 0, 0, 0)), "activations": activations.to_json()}
         self.record(self.to_json())
+
+    def _ample(self, policy: Policy, optimiser: Optimiser, tokens: int, longest: int) -> bool:
+        """Decide without measuring, where even a count that is too high fits."""
+        self.holdings = Holdings.of(policy, optimiser)
+        budget, most = self._budget(policy.device), ceiling(policy, max(tokens, longest))
+        if most is None or most > budget:
+            return False
+        self.plans = [(0, Plan(tokens, None, "off"))]
+        free = "of the limit" if self.limit is not None else "free"
+        self.why = f"{budget / 1e9:.2f} GB {free} for activations, which take less than {most / 1e9:.2f} by a count of the model's parts"
+        if self.micro_tokens != "auto":
+            self.why += "; micro_tokens as the recipe says"
+        self.measured = {"budget_bytes": budget, "holdings": asdict(self.holdings), "ceiling_bytes": most}
+        self.record(self.to_json())
+        return True
 
     def _budget(self, device: torch.device) -> int:
         """Bytes for activations: what is free, or what the limit leaves, less the moments still to come."""

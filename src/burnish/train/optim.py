@@ -43,7 +43,7 @@ class Optimiser:
                 master: Tensor = parameter
                 parameter.grad = torch.zeros_like(parameter)
             else:
-                master = parameter.detach().float().clone()
+                master = parameter.detach().float()  # a copy: it is in half precision
                 master.grad = torch.zeros_like(master)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_into(master)))
             self.masters[name] = master
