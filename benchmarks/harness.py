@@ -264,8 +264,6 @@ class Session:
             **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
-        if where != "burnish":
-            environment.pop("THP_MEM_ALLOC_ENABLE", None)  # burnish sets it for itself; a peer runs as its users run it
         log = self.scratch / f"{module.rsplit('.', 1)[-1]}-{len(list(self.scratch.glob('*.log')))}.log"
         child = Child(name, [str(python), "-m", module], log=log, environment=environment)
         self.alive.append(child)

@@ -10,12 +10,7 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
-
-# torch asks the kernel for huge pages if this is set before its first tensor; a step makes and reads gigabytes, and took 4 % (LoRA)
-# to 10 % (full) less time for it, at equal memory (docs/notebook.md)
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "check", "load", "run"]

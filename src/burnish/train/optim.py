@@ -39,6 +39,9 @@ class Optimiser:
         self._hooks: list[Any] = []
         self._sparse: list[torch.nn.Embedding] = []
         for name, parameter in self.working.items():
+            if parameter.device.type == "cpu":
+                # loaded weights lie in their file's pages, which the first write would copy one by one (six times as long)
+                parameter.data = parameter.data.clone()
             if parameter.dtype in (torch.float32, torch.float64):
                 master: Tensor = parameter
                 parameter.grad = torch.zeros_like(parameter)
