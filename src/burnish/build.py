@@ -38,11 +38,12 @@ from burnish.maths.estimators import bootstrap_mean
 from burnish.maths.policy_gradient import Setting, override
 from burnish.methods.policy_gradient import Question
 from burnish.methods.policy_gradient import build as build_policy_gradient
+from burnish.methods.rounds import all_dead
 from burnish.models.adapters import merge
 from burnish.models.load import known, load_tokenizer
 from burnish.models.policy import Policy
 from burnish.rewards.build import build as build_rewards
-from burnish.train.loop import State
+from burnish.train.loop import Guard, State
 from burnish.train.memory import Memory
 from burnish.train.method import Method
 
@@ -220,6 +221,12 @@ class Built:
         limit = None if train.memory_bytes is None else int(train.memory_bytes)
         memory = Memory(train.micro_tokens, train.checkpointing, limit, self.summary["longest"], record)
         return memory.replay(decisions[name]) if name in decisions else memory
+
+    @property
+    def guards(self) -> list[Guard]:
+        """Reasons of the stage's own to stop."""
+        limit = self.stage.rollouts and self.stage.rollouts.stop_after_dead_rounds
+        return [partial(all_dead, limit)] if limit else []
 
     def validate(self, policy: Policy, memory: Memory, state: State) -> Mapping[str, Any]:
         """The held-out loss, for the loop."""

@@ -248,7 +248,7 @@ class _Work:
                     policy, built.method, stage.train, folder,
                     schedule=built.schedule, memory=memory, stop=self.stop, resume=True,
                     evaluate=partial(built.validate, policy, memory) if built.validation is not None else None,
-                    guards=[partial(self._over_budget, built)], on_step=self.progress.step, say=self.progress.say,
+                    guards=[partial(self._over_budget, built), *built.guards], on_step=self.progress.step, say=self.progress.say,
                 )  # fmt: skip
             except Interrupted:
                 write_json(folder.stage, about | {"status": "interrupted"})

@@ -128,8 +128,7 @@ def test_a_process_reward_scores_steps() -> None:
         found = rewards.score(["p"] * 2, ["ab!", "c"], steps=[["a", "b!"], ["c"]], step_ends=[[5, 9], [2]])
         assert found.components["steps"] == [Scored(1.0, spans=((5, None), (9, 1.0))), Scored(spans=((2, None),))]
         assert rewards.score(["p"], ["ab!"], steps=[["a", "b!"]]).components["steps"][0].spans == ((1, None), (3, 1.0))
-        with pytest.raises(DataError, match="is a process reward, and there are no steps"):
-            rewards.score(["p"], ["a"])
+        assert [end for end, _ in rewards.score(["p"], ["a\nb!"]).components["steps"][0].spans] == [2, 4]  # cut into lines
 
 
 def test_the_file_is_described_here_and_executed_in_children_without_torch() -> None:

@@ -99,6 +99,12 @@ def _rollouts(key: Key, stage: Stage, draws: bool) -> Iterator[Problem]:
     if train.validation_rows is not None:
         message = f"{stage.method.name!r} has no loss on held-out rows: its rows have no completions"
         yield (*key, "train", "validation_rows"), message, "remove it, and judge by evals"
+    if block is not None and block.overlong_cushion is not None and block.overlong_cushion > block.max_new_tokens:
+        message = f"the cushion of {block.overlong_cushion} tokens is longer than the {block.max_new_tokens} of a completion"
+        yield (*key, "rollouts", "overlong_cushion"), message, f"type {block.max_new_tokens} or less"
+    if block is not None and block.refill and block.group_size == 1:
+        message = "a group of 1 has nothing to differ in: every group would be drawn again"
+        yield (*key, "rollouts", "refill"), message, "type refill: 0, or group_size: 2 or more"
     if block is not None and train.batch_rows % block.updates:
         message = f"{train.batch_rows} prompts of a round cannot be split evenly over {block.updates} updates"
         yield (*key, "rollouts", "updates"), message, f"type a divisor of {train.batch_rows}"
@@ -118,6 +124,9 @@ def rewards_against(block: Rewards, key: Key = ()) -> Iterator[Problem]:
                 if name not in known:
                     message = f"{reward.name!r} takes no column {name!r}.{did_you_mean(name, known)}"
                     yield (*key, "use", j, "columns", name), message, f"it takes: {', '.join(known) or 'none'}"
+    if block.steps is not None and not any("steps" in describe_row("reward", r.name).inputs for r in block.use):
+        message = "no reward here takes steps: they would do nothing"
+        yield (*key, "steps"), message, "remove steps, or use a process reward such as task_steps"
     if "gate" in block.combine.params:
         gate = block.combine.params["gate"]
         if gate not in titles:

@@ -40,6 +40,7 @@ def choices(data: Any) -> Iterator[tuple[str, Key]]:
         yield "schedule", ("stages", i, "train", "schedule")
         rewards: Key = ("stages", i, "rewards")
         yield "combine", (*rewards, "combine")
+        yield "segmenter", (*rewards, "steps")
         for j in range(len(members(value_at(data, (*rewards, "use"))))):
             yield "reward", (*rewards, "use", j)
 

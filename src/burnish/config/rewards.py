@@ -26,12 +26,14 @@ def read_block(block: Rewards | Mapping[str, Any] | Sequence[Any] | str) -> Rewa
         use: Any = whole.get("use")
         entries: list[Any] = [use] if isinstance(use, (str, Mapping)) else list(use or ())
         whole["use"] = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
-        if isinstance(whole.get("combine"), str):
-            whole["combine"] = {"name": whole["combine"]}
+        for key in ("combine", "steps"):
+            if isinstance(whole.get(key), str):
+                whole[key] = {"name": whole[key]}
         block = _validated(whole)
     use = tuple(_bound("reward", reward, f"rewards.use.{i}") for i, reward in enumerate(block.use))
     combine = _bound("combine", block.combine, "rewards.combine")
-    block = block.model_copy(update={"use": use, "combine": combine})
+    steps = None if block.steps is None else _bound("segmenter", block.steps, "rewards.steps")
+    block = block.model_copy(update={"use": use, "combine": combine, "steps": steps})
     for key, message, remedy in rewards_against(block, ("rewards",)):
         raise ConfigError(message, where=dotted(key), remedy=remedy)
     return block

@@ -167,6 +167,11 @@ class Rewards(Section):
     combine: Choice = Field(
         default=Choice(name="sum"), description="sum, or {name: gated, gate: ...}", examples=["sum"]
     )
+    steps: Choice | None = Field(
+        default=None,
+        description="how process rewards cut a completion into steps, or null for lines",
+        examples=["numbered"],
+    )
     route: Route | None = Field(default=None, description="a mapping with column, or null: all rewards everywhere")
     deadline_s: float = Field(
         default=10.0, gt=0, description="the seconds one call may take, a number above 0", examples=[10]
@@ -188,6 +193,23 @@ class Rollouts(Section):
     max_new_tokens: int = Field(default=256, ge=1, description="a whole number, 1 or more", examples=[256])
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="a list of texts that end a completion", examples=['["\\n\\n"]']
+    )
+    refill: int = Field(
+        default=0, ge=0, description="how often other prompts are drawn in place of groups of equal rewards, 0 or more",
+        examples=[2],
+    )  # fmt: skip
+    overlong_cushion: Positive | None = Field(
+        default=None,
+        description="the last tokens before max_new_tokens that cost reward, 1 or more, or null for none",
+        examples=[64],
+    )
+    old_logprobs: Literal["auto", "sampler", "trainer"] = Field(
+        default="auto", description="auto, sampler or trainer: whose log-probs are those of the old policy"
+    )
+    stop_after_dead_rounds: Positive | None = Field(
+        default=None,
+        description="stop after this many rounds in a row without a live group, 1 or more, or null for never",
+        examples=[10],
     )
     updates: int = Field(default=1, ge=1, description="optimiser steps that share a round's prompts, 1 or more", examples=[1])
     passes: int = Field(default=1, ge=1, description="how often a round is learned from, 1 or more", examples=[1])
@@ -329,6 +351,7 @@ ELSEWHERE = {  # what other trainers call our keys
     "num_generations": "group_size",
     "max_completion_length": "max_new_tokens",
     "num_iterations": "passes",
+    "max_num_gen_batches": "refill",
     "torch_dtype": "dtype",
     "reward_funcs": "rewards",
     "reward_weights": "weight",

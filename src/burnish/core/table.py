@@ -54,8 +54,10 @@ TABLES: dict[str, tuple[str, ...]] = {
         "burnish.rewards.answers:ANSWERS",
         "burnish.rewards.isolated:ISOLATED",
         "burnish.rewards.formats:FORMATS",
+        "burnish.rewards.steps:STEPS",
     ),
     "combine": ("burnish.rewards.combine:COMBINE",),
+    "segmenter": ("burnish.rewards.segments:SEGMENTERS",),
 }
 USER_ROW = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # numbers to everyone but YAML 1.1

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from burnish.core.errors import ConfigError
+from burnish.maths.head_entropy import measured, overwrite_gradient
 from burnish.maths.kernels import kernels_for
 
 if TYPE_CHECKING:
@@ -34,6 +35,24 @@ Objective = Callable[[Tensor, slice], Tensor]
 
 Gradient flows to the log-probs alone: a captured tensor that requires grad receives none.
 """
+
+
+
+@dataclass(frozen=True)
+class WithEntropy:
+    """An objective and a term linear in the entropies of its labels' distributions: objective + sum_i weight_i H_i.
+
+    A bonus has negative weights, fixed for the whole optimiser batch. The head writes H into `measured` [m], in nats
+    and detached; both are in entry order and on any device. `weight` None only measures.
+    """
+
+    objective: Objective
+    measured: Tensor
+    weight: Tensor | None = None
+
+    def __call__(self, logprobs: Tensor, entries: slice) -> Tensor:
+        return self.objective(logprobs, entries)
+
 
 LOGITS_BYTES = 256 * 2**20  # of one chunk, where `rows` does not say
 FEWEST_ROWS = 64  # a narrower product is bound by reading the weight
@@ -114,7 +133,8 @@ def head_loss(
     limit = row_limit(len(label), weight, rows, weight_trained=wanted[1])
     order, chunks = chunks_of(len(label), index, couple, limit)
     with torch.no_grad():
-        one_pass = _Pass(hidden, weight, bias, label, logit_map, limit, defer=sink is not None)
+        entropic = isinstance(objective, WithEntropy)
+        one_pass = _Pass(hidden, weight, bias, label, logit_map, limit, defer=sink is not None, entropic=entropic)
         loss, logprobs, gradients = one_pass.run(objective, index, order, chunks, wanted)
     if not any(wanted):
         return loss, logprobs
@@ -140,7 +160,7 @@ def head_logprobs(
     one_pass = _Pass(hidden, weight, bias, label, logit_map, limit)
     out = torch.empty(len(label), dtype=one_pass.wide, device=hidden.device)
     for part in _parts(slice(0, len(label)), limit):
-        out[part] = one_pass.score(part, keep=False)[1]
+        out[part] = one_pass.score(part, keep=False).logprob
     return out
 
 
@@ -292,6 +312,21 @@ def _parts(rows: slice, limit: int) -> list[slice]:
 
 
 @dataclass
+class _Rows:
+    """Some rows of a chunk. logprob [n], entropy [n] where asked for, and the buffer of logits [n, v], which holds
+
+    (e - S onehot), times the slope where that varies, with mass [n] = S, divided by the slope where that is constant; or
+    with entropies the z of the module's text, with top [n, 1] and mass [n, 1] = S.
+    """
+
+    z: Tensor
+    logprob: Tensor
+    mass: Tensor
+    top: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass
 class _Pass:
     """One call's tensors and its one buffer of logits."""
 
@@ -302,6 +337,7 @@ class _Pass:
     logit_map: LogitMap
     limit: int
     defer: bool = False
+    entropic: bool = False  # also the entropy of each row, and its gradient
     deferred: tuple[Tensor, Tensor] | None = None  # the two factors of the weight's gradient, left to the backward
 
     def __post_init__(self) -> None:
@@ -339,19 +375,24 @@ class _Pass:
         for rows, entries in chunks:
             parts = _parts(rows, self.limit)
             scored = [self.score(part, keep=any(wanted)) for part in parts]
-            of_rows = torch.cat([logprob for _, logprob, _ in scored])
+            of_rows = torch.cat([one.logprob for one in scored])
             local = None if index is None else index[entries] - rows.start
             logprobs[entries] = of_rows if local is None else of_rows[local]
             value, c = _differentiate(objective, logprobs[entries], entries, grad=any(wanted))
             loss += value
+            b = None
+            if isinstance(objective, WithEntropy):
+                value, b = _entropy_term(objective, torch.cat([cast(Tensor, one.entropy) for one in scored]), local, entries)
+                loss += value
             if c is None:
                 continue
             c = c if local is None else torch.zeros_like(of_rows).index_add_(0, local, c)
-            z, _, mass = scored[-1]  # the buffer holds the last part
+            one = scored[-1]  # the buffer holds the last part
             for part in reversed(parts):
                 if part is not parts[-1]:
-                    z, _, mass = self.score(part, keep=True)
-                factor = -c[part.start - rows.start : part.stop - rows.start] / mass
+                    one = self.score(part, keep=True)
+                here = slice(part.start - rows.start, part.stop - rows.start)
+                z, factor = one.z, self.factor(one, self.label[part], c[here], None if b is None else b[here])
                 if d_hidden is not None:
                     d_hidden[part] = torch.mm(z, self.weight) * factor[:, None]
                 if d_weight is not None:
@@ -367,17 +408,17 @@ class _Pass:
             d_weight = d_weight.zero_() if fresh else d_weight if self.defer else d_weight.to(self.weight.dtype)
         return loss, logprobs, (d_hidden, d_weight, None if d_bias is None else d_bias.to(self.weight.dtype))
 
-    def score(self, rows: slice, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """([n, v] in the buffer of logits, logprobs [n], S [n] divided by the slope where that is constant).
-
-        With `keep` the first holds (e - S onehot) times the slope where that varies; else nothing of use.
-        """
+    def score(self, rows: slice, *, keep: bool) -> _Rows:
+        """Log-probs of these rows, and entropies where asked for. Without `keep` the buffer holds nothing of use."""
         hidden, label, z = self.hidden[rows], self.label[rows, None], self.logits[: rows.stop - rows.start]
         if self.bias is None:
             torch.mm(hidden, self.weight.t(), out=z)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=z)
         at_label = self.logit_map(z.gather(1, label).to(self.wide))
+        if self.entropic:  # the logits stay: their gradient waits for the objective's two derivatives
+            top, mass, entropy = measured(z, self.logit_map, self.wide, self.lines)
+            return _Rows(z, (at_label - top - mass.log())[:, 0], mass, top, entropy)
         if self.kernels is not None:
             m = self.logit_map
             top, mass = self.kernels.overwrite_exp(z, m.scale, m.softcap, m.temperature, keep)
@@ -389,7 +430,17 @@ class _Pass:
             own, slope = own * slope, 1.0
         if keep:  # by index: scatter_ would copy all of z
             z[torch.arange(len(z), device=z.device), label[:, 0]] = own[:, 0].to(z.dtype)
-        return z, logprobs, mass[:, 0] / slope
+        return _Rows(z, logprobs, mass[:, 0] / slope)
+
+    def factor(self, one: _Rows, label: Tensor, c: Tensor, b: Tensor | None) -> Tensor:
+        """What the rows of the buffer are still to be multiplied by to be d objective / d z [n]; changes the buffer where
+        entropies count."""
+        if one.top is None or one.entropy is None:
+            return -c / one.mass
+        overwrite_gradient(
+            one.z, label, self.logit_map, one.top, one.mass, one.entropy, c, torch.zeros_like(c) if b is None else b, self.lines
+        )
+        return torch.ones_like(c)
 
     def _overwrite_exp(self, z: Tensor, keep: bool, top: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
         """z [n, v] becomes exp(y - top), times the slope where that varies and with `keep`; tile by tile, to stay in cache."""
@@ -480,6 +531,18 @@ def _differentiate(objective: Objective, logprobs: Tensor, entries: slice, grad:
         remedy = "compute it from the first argument, without detach, item or no_grad"
         raise _misfit("its result does not depend on the log-probs: nothing would be learned", "objective", remedy)
     return value.detach(), c
+
+
+def _entropy_term(
+    objective: WithEntropy, of_rows: Tensor, local: Tensor | None, entries: slice
+) -> tuple[Tensor, Tensor | None]:
+    """(sum of weight times entropy over these entries, its derivative by the entropy of each row or None); writes H."""
+    found = of_rows if local is None else of_rows[local]
+    objective.measured[entries] = found.to(objective.measured)
+    if objective.weight is None:
+        return found.new_zeros(()), None
+    weight = objective.weight[entries].to(found)
+    return (weight * found).sum(), weight if local is None else torch.zeros_like(of_rows).index_add_(0, local, weight)
 
 
 def _misfit(message: str, where: str, remedy: str | None = None) -> ConfigError:

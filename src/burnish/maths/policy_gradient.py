@@ -4,6 +4,7 @@
     ratio       how far the policy has moved                kl, placement  the price of leaving the reference
     surrogate   what becomes of the gradient as it moves    filters        what is left out
     correction  the sampler is not quite the old policy     whiten         the scale of advantages over the batch
+    entropy     a bonus for staying undecided               controls       coefficients that adapt (`maths.controls`)
 
 Every row of every table takes what it needs by name. `needs` says which columns a setting wants, so that a critic, a
 reference or a greedy answer is made where something takes it and never asked for by a method's name. Columns, over the
@@ -49,7 +50,8 @@ MADE = {"logprobs", "log_ratio", "advantage", "length", "high_covariance"}  # co
 class Setting:
     """A point of the grid. Below the axes stand the parameters of their rows; None leaves a row its own default.
 
-    `kl_coef` 0 switches the KL to the reference off. Raises ConfigError, naming what to change, for a combination that
+    `kl_coef` 0 switches the KL to the reference off, `entropy_coef` 0 the bonus. A target or a steepness makes its
+    coefficient adapt, see `controls`; None leaves it fixed. Raises ConfigError, naming what to change, for a combination that
     cannot be meant or a parameter that no chosen row takes.
     """
 
@@ -92,10 +94,20 @@ class Setting:
     cov_share: float | None = None
     cov_low: float | None = None
     cov_high: float | None = None
+    # of the entropy bonus and of coefficients that adapt
+    entropy_coef: float = 0.0
+    entropy_steepness: float | None = None
+    entropy_target: float | None = None
+    entropy_step: float | None = None
+    entropy_largest: float | None = None
+    kl_target: float | None = None
+    kl_gain: float | None = None
+    penalty_target: float | None = None
 
     def __post_init__(self) -> None:
         if self.kl_coef < 0:
             raise ConfigError(f"{self.kl_coef} given, wanted 0 (no KL) or more", where="kl_coef")
+        self._check_controls()
         if self.kl_coef and self.kl == "k1" and self.kl_placement == "loss":
             why = "k1 in the loss has a gradient of expectation 0: it would only add noise"
             raise ConfigError(why, where="kl", remedy="use kl: k2, or kl_placement: reward")
@@ -110,7 +122,30 @@ class Setting:
             raise ConfigError(f"nothing chosen here takes it: {', '.join(takers(idle[0]))} would", where=idle[0])
 
 
-NOT_PARAMETERS = {*AXES, *FILTERS, "kl_coef", "kl_placement", "whiten"}
+    def _check_controls(self) -> None:
+        if self.entropy_coef < 0:
+            raise ConfigError(f"{self.entropy_coef} given, wanted 0 (no bonus) or more", where="entropy_coef")
+        for name in CONTROLS:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{value} given, wanted a positive number, or null", where=name)
+        if self.entropy_steepness is not None and self.entropy_target is not None:
+            why = "the bonus follows the spread of rewards or a target entropy, not both"
+            raise ConfigError(why, where="entropy_target", remedy="remove entropy_steepness or entropy_target")
+        for name, without in (
+            ("entropy_steepness", "entropy_coef" if not self.entropy_coef else ""),
+            ("entropy_step", "entropy_target" if self.entropy_target is None else ""),
+            ("entropy_largest", "entropy_target" if self.entropy_target is None else ""),
+            ("kl_target", "kl_coef" if not self.kl_coef else ""),
+            ("kl_gain", "kl_target" if self.kl_target is None else ""),
+            ("penalty_target", "penalty_coef" if self.surrogate != "kl_penalty" else ""),
+        ):
+            if getattr(self, name) is not None and without:
+                raise ConfigError(f"it would do nothing: there is no {without}", where=name, remedy=f"give {without} too")
+
+
+CONTROLS = ("entropy_steepness", "entropy_target", "entropy_step", "entropy_largest", "kl_target", "kl_gain", "penalty_target")
+NOT_PARAMETERS = {*AXES, *FILTERS, "kl_coef", "kl_placement", "whiten", "entropy_coef", *CONTROLS}
 PARAMETERS = tuple(f.name for f in fields(Setting) if f.name not in NOT_PARAMETERS)
 
 
@@ -135,9 +170,8 @@ def override(setting: Setting, **axes: Any) -> Setting:
 
 def _bare(setting: Setting, axes: Mapping[str, Any]) -> dict[str, Any]:
     """The axes themselves, every parameter at None and no KL: a setting that cannot be refused."""
-    return (
-        {name: axes[name] for name in (*AXES, *FILTERS) if name in axes} | dict.fromkeys(PARAMETERS) | {"kl_coef": 0.0}
-    )
+    bare = dict.fromkeys((*PARAMETERS, *CONTROLS)) | {"kl_coef": 0.0, "entropy_coef": 0.0}
+    return {name: axes[name] for name in (*AXES, *FILTERS) if name in axes} | bare
 
 
 # ---- what a setting chooses, and what that takes --------------------------------------------------------------------
@@ -177,6 +211,10 @@ def needs(setting: Setting) -> frozenset[str]:
         found = (found - {"token_reward"}) | {"reward"}
     if setting.kl_coef and setting.kl_placement == "reward":
         found |= {"reward", "old_logprobs"}
+    if setting.entropy_target is not None:
+        found |= {"entropy"}
+    if setting.entropy_steepness is not None:
+        found |= {"reward"}
     return frozenset(found - MADE)
 
 

@@ -82,7 +82,7 @@ PPO_KL = Setting(
     kl_placement="reward",
     weights="token_mean",
 )
-"""PPO with a KL penalty to the old policy in place of the clip; `divergences.doubling_coef` adapts it.
+"""PPO with a KL penalty to the old policy in place of the clip; with `penalty_target` its coefficient adapts.
 
     loss = - rho A + beta KL(old || policy)      (eq. 8, arXiv:1707.06347)
 """
@@ -112,7 +112,8 @@ GRPO_PROCESS = Setting(
 """GRPO with process supervision: step rewards standardised over the group's steps, credit back from each step's end.
 
     A_t = sum over steps that end at or after t of (r_j - mean) / (std + eps)      (section 4.1.3, arXiv:2402.03300)
-Beside `grpo`: equal to it with one step a completion, ending at its last token.
+Beside `grpo`: equal to it with one step a completion, ending at its last token. Its rewards score steps, which
+`rewards.steps` cuts: `task_steps`, or a function of yours that takes `steps`.
 """
 
 DR_GRPO = Setting(advantage="group_centred", clip_low=0.2, clip_high=0.2, weights="fixed_length")
@@ -131,7 +132,8 @@ DAPO = Setting(
 """DAPO: a higher upper clip, every token weighs alike, groups of equal rewards left out, no KL.
 
     loss = 1 / sum |y_i| sum_i sum_t - min(rho A, clip(rho, 1 - 0.2, 1 + 0.28) A)      (eq. 8, arXiv:2503.14476)
-Drawing other prompts for dead groups and `filters.soft_overlong` on the reward belong to the rollouts.
+Drawing other prompts for dead groups and the price of long completions belong to the rollouts: the paper's are
+`rollouts: {refill: 10, overlong_cushion: <a fifth of max_new_tokens>}`, as the recipe policy_gradient/dapo has them.
 """
 
 GSPO = Setting(advantage="group_standardised", ratio="sequence", clip_low=3e-4, clip_high=4e-4, weights="sequence_mean")

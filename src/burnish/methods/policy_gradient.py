@@ -1,7 +1,7 @@
 """Reinforcement learning of a policy: rollouts, rewards, advantages, and the objective of a point of the algebra.
 
 A round draws a group of completions for each of its prompts, scores them, and is learned from in `updates` optimiser
-steps, `passes` times. Which columns a round needs (a reference, a greedy answer, a running baseline) follows from the
+steps, `passes` times. Which columns a round needs (a reference, a greedy answer, entropies, steps) follows from the
 setting (`maths.policy_gradient.needs`) and from nothing else. Prompts are read once a group, in rollouts and in training:
 a group is one tree. Completions that can have no gradient (no advantage and no KL, or weight 0) are not computed, and stay
 in the normaliser. What was drawn is written to `trajectories/` and read back by a resume inside a round.
@@ -10,13 +10,15 @@ in the normaliser. What was drawn is written to `trajectories/` and read back by
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from burnish.core.errors import ConfigError
+from burnish.core.errors import ConfigError, DataError, StorageError
 from burnish.core.metrics import emit
 from burnish.core.records import Sampling, Spend
 from burnish.core.runs import StageFolder
@@ -26,9 +28,11 @@ from burnish.data.sampler import Sampler
 from burnish.forest.pack import Batch, Micro
 from burnish.forest.stream import Tree
 from burnish.maths.advantages import next_trace
-from burnish.maths.head import Objective
+from burnish.maths.controls import Coefficients
+from burnish.maths.divergences import k3
+from burnish.maths.head import Objective, WithEntropy
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
-from burnish.methods.rounds import Question, Round, Rounds, tree_of
+from burnish.methods.rounds import Question, Round, Rounds, Sample, tree_of
 from burnish.models.reference import Reference
 from burnish.rewards.scoring import Rewards
 from burnish.train.method import Hooks, Work
@@ -37,7 +41,7 @@ KEPT_ROUNDS = 50  # of trajectories on disk, besides the first two
 # what a round can make; the rest of what the algebra may want has to come from a reward or a critic
 MADE = frozenset(
     {"unit", "group", "reward", "known", "finished", "old_logprobs", "sampler_logprobs", "ref_logprobs", "greedy_reward", "reward_trace"}
-    | {"rewards", "rewards_known", "component_weight", "noise"}
+    | {"rewards", "rewards_known", "component_weight", "noise", "entropy", "step_reward", "step_known", "step_end"}
 )
 
 
@@ -48,7 +52,8 @@ class PolicyGradient(Hooks):
 
     def __init__(
         self, setting: Setting, questions: Sequence[Question], rewards: Rewards, sampling: Sampling, *, group_size: int, updates: int,
-        passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int],
+        passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int], refill: int = 0,
+        cushion: int | None = None, old_logprobs: Literal["auto", "sampler", "trainer"] = "auto",
     ) -> None:  # fmt: skip
         self.setting, self.questions, self.rewards, self.sampling = setting, questions, rewards, sampling
         self.group_size, self.updates, self.passes = group_size, updates, passes
@@ -62,19 +67,47 @@ class PolicyGradient(Hooks):
             raise ConfigError(
                 "its baseline is the group's other samples, and a group of 1 has none", where="rollouts.group_size", remedy="type 2 or more, or choose method: reinforce"
             )
+        self._refuse(old_logprobs)
+        self.old_logprobs = old_logprobs
         self.trace: list[float] | None = None
+        self.coefficients = Coefficients.of(setting)
+        self.dead_rounds = 0
         self.rounds = Rounds(
-            questions, rewards, sampling, sampler, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs
-        )
+            questions, rewards, sampling, sampler, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs,
+            refill=refill, cushion=cushion, entropic="entropy" in self.needs,
+        )  # fmt: skip
+        self._drawn: tuple[int, str] | None = None  # the round in hand and the version of the weights that drew it
+        self._moved = (0.0, 0)  # KL(old || policy) summed over tokens of a round's last pass, and their number
+        self._measured: Tensor | None = None
+        self._told: set[str] = set()
+        self._now = setting  # with the coefficients of this step
         self._round: Round | None = None
         self._reference: Reference | None = None
         self._folder: StageFolder | None = None
+
+    def _refuse(self, old_logprobs: str) -> None:
+        """Combinations of the setting with rewards and rollouts that cannot be meant."""
+        if old_logprobs == "sampler" and self.setting.correction != "none":
+            why = f"correction: {self.setting.correction} compares the trainer's log-probs with the sampler's, and these would be the same"
+            raise ConfigError(why, where="rollouts.old_logprobs", remedy="type trainer, or leave it out")
+        if "step_reward" in self.needs and not self.rewards.process:
+            why = "this advantage needs a reward of each step, and no reward here scores steps"
+            raise ConfigError(why, where="rewards", remedy="use task_steps, or a function of yours that takes `steps`")
+        if "step_reward" in self.needs and self.rewards.block.combine.name != "sum":
+            why = f"rewards of steps are summed; combine: {self.rewards.block.combine.name} is of whole completions"
+            raise ConfigError(why, where="rewards.combine", remedy="type combine: sum")
+        if self.setting.penalty_target is not None and self.updates * self.passes == 1:
+            why = "one step a round never leaves the old policy, so there is nothing to hold to a target"
+            raise ConfigError(why, where="penalty_target", remedy="type rollouts: {updates: 2} or more, or passes: 2")
 
     # ---- the loop's hooks
 
     def start(self, policy: Any, folder: StageFolder, poll: Callable[[], None]) -> None:
         """Before a checkpoint is loaded: the reference is the policy the stage began with."""
         self._folder, self.rounds.poll = folder, poll
+        several = self.updates * self.passes > 1
+        auto = self.setting.correction != "none" or (several and policy.dtype != torch.float32)
+        self.rounds.rescored = auto if self.old_logprobs == "auto" else self.old_logprobs == "trainer"
         if "ref_logprobs" in self.needs:
             self._reference = Reference(policy)
 
@@ -84,10 +117,14 @@ class PolicyGradient(Hooks):
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the step."""
-        return {"trace": self.trace}
+        return {"trace": self.trace, "coefficients": self.coefficients.to_json(), "dead_rounds": self.dead_rounds, "drawn": self._drawn,
+                "moved": self._moved}  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.trace = state["trace"]
+        self.trace, self.dead_rounds = state["trace"], state["dead_rounds"]
+        self.coefficients = Coefficients.from_json(state["coefficients"])
+        self._drawn = None if state["drawn"] is None else (state["drawn"][0], state["drawn"][1])
+        self._moved = (state["moved"][0], state["moved"][1])
 
     def batches(self, step: int) -> Iterator[Work]:
         rows = self.sampler.batch_rows // self.updates
@@ -99,52 +136,98 @@ class PolicyGradient(Hooks):
     def prepare(self, policy: Any, work: Work) -> None:
         """The round this step belongs to, drawn or read back, and the columns of its part."""
         number, inside = divmod(work.step, self.updates * self.passes)
+        if not inside:
+            self._end_round(work)
         if self._round is None or self._round.number != number:
-            path = None if self._folder is None else self._folder.trajectories(number)
-            if inside and path is not None and path.exists():
-                self._round = Round.read(path)
-            else:
-                self._round = self.rounds.draw(policy, number)
-                work.spend += self._round.spend
-                if path is not None:
-                    self._round.write(path)
-                    self._retire(number)
-            if not inside:
-                work.facts |= self._round.facts
+            self._round = self._read(number) if inside else self._draw(policy, number, work)
         part = range(inside % self.updates, len(self._round.questions), self.updates)
-        self._columns(policy, work, self._round, part)
+        self._columns(policy, work, self._round, part, fresh=inside < self.updates)
 
     def objective(self, work: Work, micro: Micro) -> tuple[Objective, Tensor | None]:
         columns = {name: column[micro.items] for name, column in work.columns.items()}
         unit = columns["unit"]
-        couple = unit if couples_sequences(self.setting) else None
+        setting = self._now
+        couple = unit if couples_sequences(setting) else None
+        bonus = columns.get("entropy_weight")
+        self._measured = None if bonus is None else torch.zeros(len(unit))
+
+        def with_bonus(objective: Objective) -> Objective:
+            return objective if self._measured is None else WithEntropy(objective, self._measured, bonus)
+
         if "old_logprobs" in columns:
-            return objective_of(self.setting, columns), couple
+            return with_bonus(objective_of(setting, columns)), couple
 
         def at_the_old_policy(logprobs: Tensor, entries: slice) -> Tensor:
             # one step a round: the old policy is this one, to the bit, whatever rounding the sampler had
             old = logprobs.new_zeros(len(unit))
             old[entries] = logprobs.detach()
-            return objective_of(self.setting, columns | {"old_logprobs": old})(logprobs, entries)
+            return objective_of(setting, columns | {"old_logprobs": old})(logprobs, entries)
 
-        return at_the_old_policy, couple
+        return with_bonus(at_the_old_policy), couple
 
     def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None:
         """How far the trainer's log-probs are from the sampler's, for the log: rounding at the first step of a round."""
-        gap = (logprobs.float().cpu() - work.columns["sampler_logprobs"][micro.items]).abs()
+        now = logprobs.float().cpu()
+        gap = (now - work.columns["sampler_logprobs"][micro.items]).abs()
         work.facts["sampler_gap_max"] = max(work.facts.get("sampler_gap_max", 0.0), float(gap.max()))
         total, count = work.facts.pop("_gap", (0.0, 0))
         work.facts["_gap"] = total + float(gap.sum()), count + len(gap)
         work.facts["sampler_gap"] = work.facts["_gap"][0] / work.facts["_gap"][1]
+        if self._measured is not None and "entropy" not in work.columns:
+            total, count = work.facts.pop("_entropy", (0.0, 0))
+            work.facts["_entropy"] = total + float(self._measured.sum()), count + len(gap)
+            work.facts |= emit(entropy=work.facts["_entropy"][0] / work.facts["_entropy"][1])
+        last = work.step // self.updates % self.passes == self.passes - 1
+        if self.setting.penalty_target is not None and last:
+            moved = k3(work.columns["old_logprobs"][micro.items], now)  # tokens of the old policy: KL(old || policy)
+            self._moved = self._moved[0] + float(moved.sum()), self._moved[1] + len(now)
 
     # ---- a round
+
+    def _end_round(self, work: Work) -> None:
+        """What the round before says of coefficients."""
+        if self._moved[1]:
+            moved = self._moved[0] / self._moved[1]
+            self.coefficients = self.coefficients.after_round(self.setting, moved)
+            work.facts |= emit(policy_moved=moved)
+        self._moved = (0.0, 0)
+
+    def _draw(self, policy: Any, number: int, work: Work) -> Round:
+        """A new round, counted, logged and kept on disk."""
+        found = self.rounds.draw(policy, number)
+        self._drawn = number, found.version
+        self.dead_rounds = self.dead_rounds + 1 if found.dead else 0
+        work.spend += found.spend
+        work.facts |= found.facts | emit(dead_rounds=self.dead_rounds)
+        for notice in found.notices:
+            kind = re.sub(r"[\d.,]+", "", notice)
+            if kind not in self._told:
+                self._told.add(kind)
+                work.notices.append(notice)
+        if self._folder is not None:
+            found.write(self._folder.trajectories(number))
+            self._retire(number)
+        return found
+
+    def _read(self, number: int) -> Round:
+        """The round in which a run was interrupted. What other weights drew is refused, never learned from."""
+        path = None if self._folder is None else self._folder.trajectories(number)
+        if path is None or not path.exists():
+            raise StorageError("the round being learned from is gone", where=str(path), remedy="start the stage again, in a new run")
+        found = Round.read(path)
+        if self._drawn != (found.number, found.version):
+            wanted = "no round" if self._drawn is None else f"round {self._drawn[0]}, drawn with weights {self._drawn[1]}"
+            message = f"holds round {found.number}, drawn with weights {found.version}; the checkpoint is inside {wanted}"
+            raise DataError(message, where=str(path), remedy="put back the folder's own file, or start the stage again")
+        return found
 
     def _retire(self, number: int) -> None:
         if self._folder is not None and (old := number - KEPT_ROUNDS) > 1:
             self._folder.trajectories(old).unlink(missing_ok=True)
 
-    def _columns(self, policy: Any, work: Work, drawn: Round, part: range) -> None:
-        """The batch of these questions, its captured columns, and what can be left out of it."""
+    def _columns(self, policy: Any, work: Work, drawn: Round, part: range, *, fresh: bool) -> None:
+        """The batch of these questions, its captured columns, and what can be left out of it. `fresh`: seen for the first
+        time, so that coefficients that adapt move."""
         groups = [drawn.groups[q] for q in part]
         samples = [s for group in groups for s in group]
         length = torch.tensor([len(s.tokens) for s in samples])
@@ -152,13 +235,19 @@ class PolicyGradient(Hooks):
         columns: dict[str, Tensor] = {
             "unit": unit,
             "group": torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups])),
-            "reward": torch.tensor([0.0 if s.total is None else s.total for s in samples]),
+            "reward": torch.tensor([0.0 if s.worth is None else s.worth for s in samples]),
             "known": torch.tensor([s.total is not None for s in samples]),
             "finished": torch.tensor([s.finish != "length" for s in samples]),
             "sampler_logprobs": torch.tensor([p for s in samples for p in s.logprobs]),
         }
         single = self.updates * self.passes == 1
         captured = columns["sampler_logprobs"]
+        if samples[0].old_logprobs:
+            captured = torch.tensor([p for s in samples for p in s.old_logprobs])
+        if "entropy" in self.needs:
+            columns["entropy"] = torch.tensor([h for s in samples for h in s.entropies])
+        if "step_reward" in self.needs:
+            columns |= _step_columns(samples)
         trees = [tree_of(self.questions[drawn.questions[q]].ids, group, range(len(group))) for q, group in zip(part, groups)]
         whole = Batch(trees)
         if "ref_logprobs" in self.needs and self._reference is not None:
@@ -178,11 +267,15 @@ class PolicyGradient(Hooks):
             columns["noise"] = torch.rand(len(unit), generator=generator)
         if "reward_trace" in self.needs:
             columns["reward_trace"] = torch.tensor(self.trace if self.trace is not None else [0.0, 0.0])
-        made = prepare(self.setting, columns | {"old_logprobs": captured})
+        self._now = self.coefficients.applied(self.setting)
+        bonus = self._measure(work, columns, captured, fresh=fresh)
+        made = prepare(self._now, columns | {"old_logprobs": captured})
+        if bonus:
+            made["entropy_weight"] = -bonus * made["weight"]
         if "reward_trace" in self.needs:
             self.trace = next_trace(columns["reward_trace"], columns["reward"], columns["known"]).tolist()
-        in_loss = self.setting.kl_coef != 0 and self.setting.kl_placement == "loss"
-        pull = made["weight"] * (1.0 if in_loss else made["policy_weight"] * made["advantage"])
+        by_all = bool(bonus) or (self.setting.kl_coef != 0 and self.setting.kl_placement == "loss")
+        pull = made["weight"] * (1.0 if by_all else made["policy_weight"] * made["advantage"])
         live = torch.zeros(len(samples), dtype=torch.bool).index_put_((unit[pull != 0],), torch.tensor(True))
         work.facts |= emit(live_samples=float(live.float().mean()), advantage_std=float(made["advantage"].std()) if len(unit) > 1 else 0.0)
         work.where = tuple(self.questions[drawn.questions[q]].where for q in part)
@@ -202,6 +295,38 @@ class PolicyGradient(Hooks):
             by_entry["old_logprobs"] = captured
         work.columns = {k: v[keep] for k, v in by_entry.items()} | {"unit": work.batch.unit}
 
+    def _measure(self, work: Work, columns: Mapping[str, Tensor], old: Tensor, *, fresh: bool) -> float:
+        """Log KL to the reference and entropy, both of the old policy; move what adapts; the coefficient of the bonus."""
+        kl = entropy = None
+        if "ref_logprobs" in columns:
+            kl = float(k3(old, columns["ref_logprobs"]).mean())
+            work.facts |= emit(kl=kl)
+        if "entropy" in columns:
+            entropy = float(columns["entropy"].mean())
+            work.facts |= emit(entropy=entropy)
+        if self.setting.kl_target is not None:
+            work.facts |= emit(kl_coef=self._now.kl_coef)
+        if self.setting.penalty_target is not None:
+            work.facts |= emit(penalty_coef=self._now.penalty_coef)
+        if fresh:
+            self.coefficients = self.coefficients.after_batch(self.setting, kl=kl, entropy=entropy)
+        bonus = self.coefficients.bonus(self.setting, columns["reward"], columns["known"])
+        if self.setting.entropy_coef or self.setting.entropy_target is not None:
+            work.facts |= emit(entropy_coef=bonus)
+        return bonus
+
+
+def _step_columns(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Steps over the whole batch, `step_end` being the entry of a step's last token; a unit is known where a step is."""
+    first = accumulate((len(s.tokens) for s in samples), initial=0)
+    steps = [(at + end - 1, value) for at, s in zip(first, samples) for end, value in s.paid]
+    return {
+        "step_reward": torch.tensor([0.0 if value is None else value for _, value in steps]),
+        "step_known": torch.tensor([value is not None for _, value in steps]),
+        "step_end": torch.tensor([end for end, _ in steps]),
+        "known": torch.tensor([any(value is not None for _, value in s.steps) for s in samples]),
+    }
+
 
 def build(
     setting: Setting, questions: Sequence[Question], rewards: Rewards, rollouts: Any, *, sampler: Sampler, total_steps: int, seed: int,
@@ -219,5 +344,6 @@ def build(
     )
     return PolicyGradient(
         setting, questions, rewards, sampling, group_size=rollouts.group_size, updates=rollouts.updates, passes=rollouts.passes,
-        sampler=sampler, total_steps=total_steps, seed=seed, prepared=prepared, end_ids=end_ids,
+        sampler=sampler, total_steps=total_steps, seed=seed, prepared=prepared, end_ids=end_ids, refill=rollouts.refill,
+        cushion=rollouts.overlong_cushion, old_logprobs=rollouts.old_logprobs,
     )  # fmt: skip

@@ -9,19 +9,26 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from burnish.core.errors import DataError
 from burnish.core.metrics import emit
-from burnish.core.records import Sampling, Scored, Spend
+from burnish.core.records import Sampling, Spend, Trajectory
 from burnish.core.runs import write_atomic
 from burnish.core.seeds import derive
 from burnish.data.sampler import Sampler
 from burnish.engines.local.engine import LocalEngine
+from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
-from burnish.rewards.scoring import Rewards
+from burnish.maths.filters import soft_overlong
+from burnish.methods.steps import Step, step_rewards, token_ends
+from burnish.models.scoring import score
+from burnish.rewards.scoring import Breakdown, Rewards
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,18 @@ class Question:
     where: str
 
 
+FAR = 1 << 32  # batches ahead in the order of prompts: where those that replace dead groups are taken from
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One completion with what it was worth. `rewards`: component -> value, None where unknown; `total` likewise."""
+    """One completion with what it was worth. `rewards`: component -> value, None where unknown; `total` likewise.
+
+    penalty             what its length costs besides (`rollouts.overlong_cushion`), 0 or less
+    steps               (tokens up to its end, reward or None) of each step, where rewards score steps
+    old_logprobs        of its tokens by the trainer, before any step of the round; empty where not asked for
+    entropies           of the policy at its tokens, likewise
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -44,6 +60,45 @@ class Sample:
     text: str
     rewards: Mapping[str, float | None]
     total: float | None
+    penalty: float = 0.0
+    steps: tuple[Step, ...] = ()
+    old_logprobs: tuple[float, ...] = ()
+    entropies: tuple[float, ...] = ()
+
+    @property
+    def worth(self) -> float | None:
+        """The reward with what the length costs."""
+        return None if self.total is None else self.total + self.penalty
+
+    @property
+    def paid(self) -> tuple[Step, ...]:
+        """The steps with what the length costs, at the last one."""
+        if not self.penalty or not self.steps or self.steps[-1][1] is None:
+            return self.steps
+        return (*self.steps[:-1], (self.steps[-1][0], self.steps[-1][1] + self.penalty))
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value != OPTIONAL.get(name)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Sample:
+        tuples = {name: tuple(row[name]) for name in ("tokens", "logprobs", "old_logprobs", "entropies") if name in row}
+        steps = tuple((end, value) for end, value in row.get("steps", ()))
+        return cls(**{**row, **tuples, "steps": steps})
+
+
+OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": ()}  # left out of the file
+
+
+def dead(group: Sequence[Sample]) -> bool:
+    """Whether its known rewards, or those of its steps, are all equal: no advantage."""
+    values = {value for s in group for _, value in s.paid} if any(s.steps for s in group) else {s.worth for s in group}
+    return len(values - {None}) < 2
+
+
+def undecided(group: Sequence[Sample]) -> bool:
+    """Whether it is dead but for what lengths cost: DAPO's condition is on answers (eq. 11, arXiv:2503.14476)."""
+    return dead([replace(s, penalty=0.0) for s in group])
 
 
 @dataclass
@@ -57,11 +112,17 @@ class Round:
     greedy: list[float | None]
     spend: Spend
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    notices: list[str] = field(default_factory=list[str])
+
+    @property
+    def dead(self) -> bool:
+        """Whether no group of it is live."""
+        return all(map(dead, self.groups))
 
     def write(self, path: Path) -> None:
         head = {"schema": 1, "round": self.number, "weights_version": self.version, "questions": self.questions, "greedy": self.greedy,
-                "spend": asdict(self.spend), "facts": self.facts}  # fmt: skip
-        lines = [head, *({"group": i, **asdict(s)} for i, group in enumerate(self.groups) for s in group)]
+                "spend": asdict(self.spend), "facts": self.facts, "notices": self.notices}  # fmt: skip
+        lines = [head, *({"group": i, **s.to_json()} for i, group in enumerate(self.groups) for s in group)]
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, gzip.compress("".join(json.dumps(x) + "\n" for x in lines).encode(), mtime=0))
 
@@ -73,15 +134,21 @@ class Round:
             for line in lines:
                 row = json.loads(line)
                 group = row.pop("group")
-                groups[group].append(Sample(**row | {"tokens": tuple(row["tokens"]), "logprobs": tuple(row["logprobs"])}))
-        return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], Spend(**head["spend"]), head["facts"])
+                groups[group].append(Sample.from_json(row))
+        spend = Spend(**head["spend"])
+        return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], spend, head["facts"], head["notices"])
 
 
 @dataclass
 class Rounds:
-    """Where rounds come from. Raises, in `draw`, DataError for completions of other weights, and what rewards raise.
+    """Where rounds come from. Raises, in `draw`, DataError for completions of other weights or without log-probs, and what
+    rewards raise.
 
-    greedy  whether each question is also answered greedily, for a baseline
+    greedy           whether each question is also answered greedily, for a baseline
+    refill           how often other prompts are drawn in place of groups that are dead but for what lengths cost
+    cushion          of `maths.filters.soft_overlong`, in tokens before `max_new_tokens`; None: length costs nothing
+    rescored         whether the trainer scores what was sampled, for `old_logprobs`
+    entropic         whether it measures entropies
     """
 
     questions: Sequence[Question]
@@ -92,11 +159,20 @@ class Rounds:
     seed: int
     end_ids: Sequence[int]
     greedy: bool
+    refill: int = 0
+    cushion: int | None = None
+    rescored: bool = False
+    entropic: bool = False
     poll: Callable[[], None] | None = None
     engine: LocalEngine | None = None
 
     def draw(self, policy: Any, number: int) -> Round:
-        """Sample groups with the present weights and score them."""
+        """Sample groups with the present weights and score them; then, where asked for, others in place of dead ones.
+
+        Prompts that replace others come from far ahead in the same order of prompts, so that the round is a pure
+        function of the weights and its number and takes none from the rounds to come. What is logged of rewards is what
+        was drawn first: selection would flatter it.
+        """
         policy.train(False)
         if self.engine is None or self.engine.policy is not policy:
             self.engine = LocalEngine(policy, end_ids=self.end_ids)
@@ -104,19 +180,54 @@ class Rounds:
         engine.poll = self.poll
         before, version = engine.spend, engine.weights_version
         chosen = [int(i) for i in self.sampler.batch(number)]
+        groups, greedy, found = self._groups(policy, chosen, derive(self.seed, "rollouts", number))
+        facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
+        facts |= _facts([s for group in groups for s in group], groups)
+        if len(found.components) > 1:
+            facts |= emit(components=_without_seconds(found.stats["components"]))
+        if self.cushion is not None:
+            facts |= emit(overlong_penalty=sum(s.penalty for group in groups for s in group) / sum(map(len, groups)))
+        refilled = 0
+        for attempt in range(self.refill):
+            spent = [q for q, group in enumerate(groups) if undecided(group)]
+            others = [i for i in self.sampler.batch(FAR + number * self.refill + attempt) if i not in chosen]
+            places = dict(zip(spent, others))
+            if not places:
+                break
+            seed = derive(self.seed, "refill", number, attempt)
+            fresh, plain, _ = self._groups(policy, list(places.values()), seed)
+            for place, (q, question) in enumerate(places.items()):
+                chosen[q], groups[q] = question, fresh[place]
+                if self.greedy:
+                    greedy[q] = plain[place]
+            refilled += len(places)
+        if self.refill:
+            facts |= emit(refilled_groups=refilled)
+        spend = Spend(*(b - a for a, b in zip(asdict(before).values(), asdict(engine.spend).values())))
+        if self.rescored or self.entropic:
+            groups, more = self._scored(policy, chosen, groups)
+            spend += more
+        return Round(number, version, chosen, groups, greedy, spend, facts, list(found.stats["warnings"]))
+
+    def _groups(self, policy: Any, chosen: Sequence[int], seed: int) -> tuple[list[list[Sample]], list[float | None], Breakdown]:
+        """The groups of these questions, the rewards of their greedy answers where asked for, and what rewards said."""
+        engine = self.engine
+        assert engine is not None
+        version = engine.weights_version
         nodes = engine.prefill_many([self.questions[i].ids for i in chosen])
         rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(self.group_size)]
-        seed = derive(self.seed, "rollouts", number)
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
         drawn = engine.sample([node for node, _ in rows], sampling, [key for _, key in rows])
-        plain = []
+        plain: list[Trajectory] = []
         if self.greedy:
             greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
             plain = engine.sample(nodes, greedy, [(q, 0) for q in range(len(nodes))])
         for node in nodes:
             engine.free(node)
         every = [*drawn, *plain]
-        owner = [q for q, _ in (key for _, key in rows)] + list(range(len(plain)))
+        for t in every:
+            _refuse_unfit(t, version)
+        owner = [q for _, (q, _) in rows] + list(range(len(plain)))
         asked = [self.questions[chosen[q]] for q in owner]
         names = dict.fromkeys(name for question in asked for name in question.columns)
         columns = {name: [question.columns.get(name) for question in asked] for name in names}
@@ -126,20 +237,64 @@ class Rounds:
         if not isinstance(shown[0], str):
             said = [[{"role": "assistant", "content": text}] for text in said]
         groups = [q if i < len(rows) else len(nodes) + q for i, q in enumerate(owner)]
-        found = self.rewards.score(shown, said, columns, groups)
-        stale = next((t for t in drawn if t.weights_version != version), None)
-        if stale is not None:
-            raise DataError(f"was sampled with weights {stale.weights_version}, the policy is at {version}", where=f"trajectory {stale.id}")
-        samples = [
-            Sample(t.completion, t.logprobs or (), t.finish, t.text, {name: ones[i].value for name, ones in found.components.items()}, _value(found.total[i]))
-            for i, t in enumerate(every)
-        ]
+        ends: list[list[int]] = []
+        steps: dict[str, Any] = {}
+        if self.rewards.cut is not None:
+            places = self.rewards.cut([t.text for t in every])
+            ends = [token_ends(policy.decode, t.completion, t.text, at) for t, at in zip(every, places)]
+            steps = {"steps": [[t.text[a:b] for a, b in pairwise([0, *at])] for t, at in zip(every, places)], "step_ends": ends}
+        found = self.rewards.score(shown, said, columns, groups, **steps)
+        process = frozenset(c.title for c in self.rewards.components if c.process)
+        penalties = [0.0] * len(every)
+        if self.cushion is not None:
+            length = torch.tensor([len(t.completion) for t in every])
+            penalties = soft_overlong(length, longest=self.sampling.max_new_tokens, cushion=self.cushion).tolist()
+        samples: list[Sample] = []
+        for i, t in enumerate(every):
+            parts = {name: ones[i] for name, ones in found.components.items()}
+            by_step = step_rewards(parts, self.rewards.weights, process, ends[i]) if ends else ()
+            values = {name: one.value for name, one in parts.items()}
+            samples.append(Sample(t.completion, t.logprobs or (), t.finish, t.text, values, found.total[i].value, penalties[i], by_step))
         split = [samples[q * self.group_size : (q + 1) * self.group_size] for q in range(len(nodes))]
-        spent = engine.spend
-        spend = Spend(*(b - a for a, b in zip(asdict(before).values(), asdict(spent).values())))
-        facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
-        facts |= _facts(samples[: len(rows)], split)
-        return Round(number, version, chosen, split, [s.total for s in samples[len(rows) :]], spend, facts)
+        return split, [s.worth for s in samples[len(rows) :]], found
+
+    def _scored(self, policy: Any, chosen: Sequence[int], groups: list[list[Sample]]) -> tuple[list[list[Sample]], Spend]:
+        """The samples with what the trainer says of them, before any step of the round."""
+        batch = Batch([tree_of(self.questions[i].ids, group, range(len(group))) for i, group in zip(chosen, groups)])
+        found = score(policy, batch, entropy=self.entropic)
+        sizes = [len(s.tokens) for group in groups for s in group]
+        logprobs = found.logprobs.split(sizes)
+        entropies = found.entropy.split(sizes) if found.entropy is not None else None
+        made: list[Sample] = []
+        for i, s in enumerate(s for group in groups for s in group):
+            old = tuple(logprobs[i].tolist()) if self.rescored else ()
+            made.append(replace(s, old_logprobs=old, entropies=() if entropies is None else tuple(entropies[i].tolist())))
+        at = list(accumulate(map(len, groups), initial=0))
+        return [made[a:b] for a, b in pairwise(at)], found.spend
+
+
+def _refuse_unfit(t: Trajectory, version: str) -> None:
+    """A completion of other weights, or without the log-probs of its tokens, is never learned from."""
+    if t.weights_version != version:
+        remedy = "bring the sampler to the policy's version before it draws"
+        raise DataError(f"was sampled with weights {t.weights_version}, the policy is at {version}", where=f"trajectory {t.id}", remedy=remedy)
+    given = 0 if t.logprobs is None else len(t.logprobs)
+    if given != len(t.completion):
+        remedy = "sample with an engine that reports log-probs: local, or vLLM"
+        raise DataError(f"{given} log-probs for {len(t.completion)} sampled tokens", where=f"trajectory {t.id}", remedy=remedy)
+
+
+def _without_seconds(components: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Facts of each reward but its seconds, which differ from run to run."""
+    return {title: {k: v for k, v in row.items() if k != "reward_seconds"} for title, row in components.items()}
+
+
+def all_dead(limit: int, state: Any, row: Mapping[str, Any]) -> str | None:
+    """A guard of the loop: stop where `limit` rounds in a row had no live group. Nothing is learned from such rounds."""
+    if row.get("dead_rounds", 0) < limit:
+        return None
+    return f"dead rounds: in {row['dead_rounds']} rounds in a row every group's rewards were all equal, so nothing was learned"
+
 
 def tree_of(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[int]) -> Tree:
     """The prompt with these completions below it; every sampled token is a label."""
@@ -148,17 +303,12 @@ def tree_of(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[
     return Tree((prompt, *(group[i].tokens for i in members)), (-1, *(0 for _ in members)), units)
 
 
-def _value(scored: Scored) -> float | None:
-    return scored.value
-
-
 def _facts(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     """What a round looked like, for the log."""
     tokens = sum(len(s.tokens) for s in samples)
-    dead = sum(len({s.total for s in group if s.total is not None}) < 2 for group in groups)
     return emit(
         completion_tokens=tokens / len(samples),
         truncated_share=sum(s.finish == "length" for s in samples) / len(samples),
         surprisal=-sum(p for s in samples for p in s.logprobs) / tokens,
-        dead_groups=dead / len(groups),
+        dead_groups=sum(map(dead, groups)) / len(groups),
     )

@@ -6,13 +6,11 @@ import copy
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from burnish.forest.pack import Batch
 from burnish.models.policy import Policy
-
-SCORED_TOKENS = 8192  # of one pass: no activations are kept
+from burnish.models.scoring import score
 
 
 class Reference:
@@ -25,16 +23,8 @@ class Reference:
             self._copy = Policy(model, policy.tokenizer, source=policy.source, probe=False)
             self._copy.logit_map, self._copy.why_not_shared = policy.logit_map, policy.why_not_shared
 
-    @torch.no_grad()
     def logprobs(self, policy: Policy, batch: Batch) -> tuple[Tensor, int]:
         """([M] in the batch's entry order, on the host; executed FLOPs)."""
-        scorer = self._copy or policy
-        scorer.train(False)
-        out = torch.zeros(batch.entries)
-        flops = 0
         with policy.model.disable_adapter() if self._copy is None else nullcontext():  # type: ignore[operator]
-            for micro in batch.split(SCORED_TOKENS):
-                found = scorer(micro, lambda logprobs, entries: logprobs.sum())
-                out[micro.items] = found.logprobs.float().cpu()
-                flops += found.executed_flops(False)
-        return out, flops
+            found = score(self._copy or policy, batch)
+        return found.logprobs, found.spend.executed_flops

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config.rewards import read_block
-from burnish.config.schema import Reward
+from burnish.config.schema import Choice, Reward
 from burnish.config.schema import Rewards as Block
 from burnish.core.errors import MachineError
 from burnish.core.table import USER_ROW, RowDescription, bind, describe_row, load_row
 from burnish.data.tasks.base import Task
 from burnish.rewards import isolated
 from burnish.rewards.scoring import Component, Rewards
+from burnish.rewards.segments import START_S, Segmenter
 from burnish.sandbox.pool import Pool
-
-START_S = 60.0  # how long a file may take to load, its imports included
 
 
 def build(block: Block | Mapping[str, Any] | Sequence[Any] | str, task: Task | str | None = None) -> Rewards:
@@ -35,7 +34,10 @@ def build(block: Block | Mapping[str, Any] | Sequence[Any] | str, task: Task | s
             raise MachineError(message, where=f"reward {reward.name}", remedy=f"pip install 'burnish[{about.extra}]'")
         settings = bind(row, reward.params, f"reward {reward.name}")
         components.append(Component(reward, row, settings, _pool(reward, row, block.workers)))
-    return Rewards(block, components, task.name if isinstance(task, Task) else task)
+    cut = None
+    if any(c.process for c in components):
+        cut = Segmenter(block.steps or Choice(name="lines"), workers=block.workers, deadline_s=block.deadline_s)
+    return Rewards(block, components, task.name if isinstance(task, Task) else task, cut)
 
 
 def _pool(reward: Reward, row: RowDescription, workers: int) -> Pool | None:

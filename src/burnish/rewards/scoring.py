@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from burnish.config.schema import Reward
@@ -18,8 +19,9 @@ from burnish.core.records import Scored
 from burnish.core.signature import Inputs
 from burnish.core.table import RowDescription, load_row
 from burnish.rewards import statistics
-from burnish.rewards.base import attempt, plain
+from burnish.rewards.base import attempt, plain, text_of
 from burnish.rewards.combine import applicable, routed, total
+from burnish.rewards.segments import Segmenter
 from burnish.sandbox.pool import Job, Pool, Reply, Unusable
 
 CHUNK = 16  # samples of a call where there are no groups: fixed, so that results do not depend on the workers
@@ -95,8 +97,10 @@ class Component:
 class Rewards:
     """Scores completions. Use as a context manager, or `close` it: workers are child processes."""
 
-    def __init__(self, block: Block, components: Sequence[Component], task: str | None = None) -> None:
-        self.block, self.components, self.task = block, tuple(components), task
+    def __init__(
+        self, block: Block, components: Sequence[Component], task: str | None = None, cut: Segmenter | None = None
+    ) -> None:
+        self.block, self.components, self.task, self.cut = block, tuple(components), task, cut
         self.weights = {c.title: c.reward.weight for c in components}
         self._combine = partial(load_row("combine", block.combine.name), **block.combine.params)
         named = [v for v in block.combine.params.values() if isinstance(v, str)]
@@ -113,6 +117,13 @@ class Rewards:
         for component in self.components:
             if component.pool:
                 component.pool.close()
+        if self.cut is not None:
+            self.cut.close()
+
+    @property
+    def process(self) -> bool:
+        """Whether one of them scores steps."""
+        return any(c.process for c in self.components)
 
     @property
     def sources(self) -> dict[str, str]:
@@ -133,12 +144,15 @@ class Rewards:
 
         prompts, completions  texts, or lists of messages; functions get them as they are given here
         groups                which samples answer the same prompt; one call of a function sees one group, whole
-        steps, step_ends      for process rewards: the steps of each completion, and the token each ends before
-                              (None: the character)
+        steps, step_ends      for process rewards: the steps of each completion (None: cut as `rewards.steps` says), and the
+                              token each ends before (None: the character)
         Raises RewardError when more than `max_error_rate` of a component's samples fail, DataError for columns that are
         missing or too short, ConfigError for a file that does not load.
         """
         began = time.monotonic()
+        if steps is None and self.cut is not None:
+            texts = [text_of(plain(one)) for one in completions]
+            steps = [[text[a:b] for a, b in pairwise([0, *at])] for text, at in zip(texts, self.cut(texts))]
         given = self._given(prompts, completions, columns or {}, groups, steps)
         count, titles = len(completions), list(self.weights)
         routes: list[frozenset[str]] = [frozenset(titles)] * count

@@ -36,8 +36,10 @@ def prepare(settings: Mapping[str, Any]) -> None:
 
 
 def answer(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Score one call's samples."""
+    """Score one call's samples, or cut its texts into steps (`segments`)."""
     assert _function
+    if "texts" in payload:
+        return {"cuts": [_function(text, **payload["settings"]) for text in payload["texts"]]}
     found, trace = attempt(
         _function, payload["arguments"], payload["settings"], payload["count"], payload.get("ends")
     )

@@ -192,6 +192,8 @@ def one_step(
     split, gradients are cleared and the dice put back, so that the step is the one it would have been.
     """
     method.prepare(policy, work)
+    for notice in work.notices:
+        say(f"note: {notice}")
     state.ledger.spend(work.spend)
     policy.train()
     rate = settings.learning_rate * schedule(state.step, method.total_steps)

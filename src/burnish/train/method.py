@@ -21,7 +21,7 @@ class Work:
     """One optimiser batch. `columns` are captured tensors in the batch's entry order [M] or unit order [units].
 
     made   None until `prepare` where a method makes its own data, and after it where there is nothing to learn from it
-    spend  what making it cost an engine; facts: metrics of it besides the loop's own
+    spend  what making it cost an engine; facts: metrics of it besides the loop's own; notices: what a person should know
     """
 
     made: Batch | None
@@ -32,6 +32,7 @@ class Work:
     step: int = 0
     spend: Spend = field(default_factory=Spend)
     facts: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
     @property
     def batch(self) -> Batch:

@@ -45,6 +45,7 @@ class Task:
 
     make(level, rng) -> Item            verify(completion, item) -> bool
     answer_key(completion) -> what votes are counted by, or None where the completion has no answer
+    right_step(steps so far, item) -> whether the last of these steps is right; None where nothing checks steps
     verifier_needs_gold: whether `verify` reads `item.gold`, so that it cannot be used to choose an answer
     """
 
@@ -55,6 +56,7 @@ class Task:
     levels: tuple[int, ...]
     verifier_needs_gold: bool = True
     has_answer_key: bool = True
+    right_step: Callable[[Sequence[str], Item], bool] | None = None
 
 
 def rationale(steps: Sequence[str], answer: str) -> str:

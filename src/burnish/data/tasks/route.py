@@ -80,6 +80,11 @@ def open_ways(item: Item, steps: Sequence[str]) -> bool:
     return goal in reached
 
 
+def right_step(steps: Sequence[str], item: Item) -> bool:
+    """The steps so far are printed edges that lead on from one another, and the goal can still be reached."""
+    return open_ways(item, steps)
+
+
 ROUTE = Task(
     name="route",
     make=make,
@@ -87,4 +92,5 @@ ROUTE = Task(
     answer_key=answer_key,
     levels=(2, 3, 4, 5),
     verifier_needs_gold=False,
+    right_step=right_step,
 )

@@ -6,11 +6,14 @@ The question is `12+5+30`. A step adds any two of the numbers still to be added:
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 
 from burnish.answers.compare import answers_with
 from burnish.answers.extract import MARK, final_number
 from burnish.data.tasks.base import Item, Task, rationale
 
+_STEP = re.compile(r"(\d{1,9})\+(\d{1,9})=(\d{1,9})", re.ASCII)
 LARGEST = 99  # five of them have a three-digit sum, so that rationales stay within 48 tokens
 
 
@@ -43,6 +46,24 @@ def verify(text: str, item: Item) -> bool:
     return answers_with(text, item.gold)
 
 
+def right_step(steps: Sequence[str], item: Item) -> bool:
+    """The last step adds two numbers that are still to be added, rightly. A slip before it counts as it was written."""
+    left = item.question.split("+")
+    right = False
+    for step in steps:
+        match = _STEP.fullmatch(step)
+        right = match is not None
+        if match is None:
+            continue
+        for number in match.group(1, 2):
+            right &= number in left
+            if number in left:
+                left.remove(number)
+        left.append(match[3])
+        right &= int(match[1]) + int(match[2]) == int(match[3])
+    return right
+
+
 SUMS = Task(
     name="sums",
     make=make,
@@ -50,4 +71,5 @@ SUMS = Task(
     answer_key=final_number,
     levels=(2, 3, 4, 5),
     verifier_needs_gold=True,
+    right_step=right_step,
 )
