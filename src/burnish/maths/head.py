@@ -35,6 +35,9 @@ Objective = Callable[[Tensor, slice], Tensor]
 Gradient flows to the log-probs alone: a captured tensor that requires grad receives none.
 """
 
+Fused = Callable[[Tensor, float, float | None, float, bool], tuple[Tensor, Tensor]]
+"""(z [n, v], scale, softcap, temperature, keep) -> top, mass [n, 1]: see `maths.kernels.Kernels.overwrite_exp`."""
+
 LOGITS_BYTES = 256 * 2**20  # of one chunk, where `rows` does not say
 FEWEST_ROWS = 64  # a narrower product is bound by reading the weight
 _TILE = {"cpu": 2**21}  # numbers worked on at once: 8 MB stay in cache between the elementwise passes
@@ -291,6 +294,19 @@ def _parts(rows: slice, limit: int) -> list[slice]:
 # ---- what is done to a chunk ----------------------------------------------------------------------------------------
 
 
+def fused_pass(dtype: torch.dtype, device: torch.device) -> Fused | None:
+    """The one kernel that passes over a chunk of logits of this dtype on this device, or None: torch's operations do.
+
+    Asked and checked against torch when first needed; see `maths.kernels` and `maths.tiles_cuda`.
+    """
+    if device.type == "cuda":
+        from burnish.maths import tiles_cuda  # here: it imports Triton
+
+        return tiles_cuda.overwrite_exp if tiles_cuda.why_not(dtype, device) is None else None
+    kernels = kernels_for(dtype, device.type)
+    return None if kernels is None else kernels.overwrite_exp
+
+
 @dataclass
 class _Pass:
     """One call's tensors and its one buffer of logits."""
@@ -311,8 +327,8 @@ class _Pass:
         self.tile = _TILE.get(self.weight.device.type, _TILE_ELSEWHERE)
         self.lines = max(1, self.tile // max(1, vocabulary))
         self.logits = self.weight.new_empty(rows, vocabulary)
-        self.kernels = kernels_for(self.weight.dtype, self.weight.device.type)
-        lines = min(self.lines, rows) if self.narrow and self.kernels is None else 0
+        self.fused = fused_pass(self.weight.dtype, self.weight.device)
+        lines = min(self.lines, rows) if self.narrow and self.fused is None else 0
         self.scratch = self.logits.new_empty(lines, vocabulary, dtype=self.wide)
 
     def run(
@@ -378,9 +394,9 @@ class _Pass:
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=z)
         at_label = self.logit_map(z.gather(1, label).to(self.wide))
-        if self.kernels is not None:
+        if self.fused is not None:
             m = self.logit_map
-            top, mass = self.kernels.overwrite_exp(z, m.scale, m.softcap, m.temperature, keep)
+            top, mass = self.fused(z, m.scale, m.softcap, m.temperature, keep)
         else:
             top, mass = self._overwrite_exp(z, keep, torch.empty_like(at_label), torch.empty_like(at_label))
         logprobs = (at_label - top - mass.log())[:, 0]
@@ -454,8 +470,10 @@ class _Formed(torch.autograd.Function):
         if deferred is not None:
             z, hidden = deferred
             add_product(sink, z, hidden * g.to(hidden.dtype), False, _TILE.get(z.device.type, _TILE_ELSEWHERE))
-        elif formed is not None:
+        elif formed is not None and g.device.type == "cpu":
             sink.add_(formed if g.item() == 1.0 else formed * g)
+        elif formed is not None:
+            sink.addcmul_(formed, g)  # to read g would be to wait for everything before it
         nothing = (None,) * 4
         # The common factor 1 hands the buffers over, so that autograd keeps them as `.grad` without a copy; once only,
         # because a retained graph may come back for them (and torch itself objects if they were changed in between).
