@@ -67,6 +67,9 @@ def test_a_prefix_is_shared_where_copies_would_be_large() -> None:
     assert trunk_of(leaf.chain, rows, enough - 1, CPU, spared=1) == 0
     assert trunk_of(leaf.chain, {**rows, leaf: 40}, enough - 1, CPU, spared=1) == 3
     assert trunk_of(leaf.chain, {**rows, child: 10_000}, enough - 1, CPU, spared=1) == 2
+    much = enough * (SHARED_BYTES_CUDA // SHARED_BYTES)
+    found = [trunk_of(leaf.chain, rows, size, torch.device("cuda", 0), spared=1) for size in (enough, much - 1000, much)]
+    assert found == [0, 0, 1]
 
 
 def test_padding_wastes_little() -> None:
