@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 
-from benchmarks.protocol import versions  # noqa: E402
-from benchmarks.report import store  # noqa: E402
-from benchmarks.suite import GPU  # noqa: E402
+from benchmarks.protocol import versions
+from benchmarks.report import store
+from benchmarks.suite import GPU
 
 if TYPE_CHECKING:
     import torch
@@ -507,7 +507,7 @@ def collect(folder: Path, names: Sequence[str], title: str, id: str, command: st
         "schema": 1, "id": id, "title": title, "date": time.strftime("%Y-%m-%d"), "command": command, "dry": facts[0]["dry"],
         "environment": {k: v for k, v in facts[0].items() if k not in ("item", "figure", "dry")},
         "seconds": sum(line["seconds"] for line in lines if line["figure"] == "seconds"), "error": errors[0] if errors else None,
-        "cases": [{k: v for k, v in line.items()} for line in lines if line["figure"] not in ("device", "seconds", "error")],
+        "cases": [line for line in lines if line["figure"] not in ("device", "seconds", "error")],
     }  # fmt: skip
     store(result, folder)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.suite import GPU
 
 from benchmarks import gpu, gpu_checks, report
-from benchmarks.suite import GPU
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_THERE = ("pydantic", "pytest", "trl", "datasets", "jaxtyping", "beartype")  # only torch, transformers and peft are

@@ -235,8 +235,8 @@ def test_numbers_that_are_not_finite_do_not_stay_in_slots(copies: None) -> None:
 
     def spoil() -> None:
         if captured.arena.slots:
-            for k, v in captured.arena.slots.values():
-                v.fill_(torch.nan)
+            for pair in captured.arena.slots.values():
+                pair[1].fill_(torch.nan)
 
     captured.poll = spoil
     with pytest.raises(DivergedError):

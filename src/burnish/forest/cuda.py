@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -254,9 +255,15 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) ->
         return_aux=AuxRequest(lse=True),
         scale=scale,
         window_size=call.sides,
-        enable_gqa=q.shape[1] != k.shape[1],
+        **({"enable_gqa": True} if q.shape[1] != k.shape[1] and _asks_for_groups(varlen_attn) else {}),
     )
     return found
+
+
+@cache
+def _asks_for_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether fewer key heads than query heads have to be allowed: torch 2.11 hands them to the kernel unasked."""
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _flash_backward(

@@ -29,7 +29,6 @@ from burnish.maths.head import head_flops, head_logprobs
 from burnish.models.load import free_cuda_bytes
 from burnish.models.policy import Policy
 
-
 KV_BYTES = 2**31
 KV_SHARE = 0.5  # of a GPU's free memory: what training will add (moments, activations) is not there yet
 
