@@ -110,7 +110,7 @@ def test_a_rollout_and_a_score_stay_on_their_device(name: str, sampling: Samplin
         nodes = engine.prefill_many(prompts(4, longest=12))
         made = engine.sample([n for n in nodes for _ in range(2)], sampling, [(i, s) for i in range(4) for s in (0, 1)])
         below = [engine.prefill(t.tokens[len(n.path) :], n) for n, t in zip(nodes, made[::2])]
-        return [t.tokens for t in made], engine.score(below)
+        return [t.tokens for t in made], [*engine.score(below), *(t.logprobs for t in made)]
 
     sampling = Sampling(**{**vars(sampling), "max_new_tokens": 9})
     tokens, scores = run(policy(name))
