@@ -244,6 +244,8 @@ def _take(x: Tensor, rows: Rows) -> Tensor:
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn  # torch's own name for it is young
 
+    grouped = q.shape[1] != k.shape[1] and _asks_for_groups(varlen_attn)
+    options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
     found: Any = varlen_attn(
         _rows_whole(q),
         _rows_whole(k),
@@ -255,7 +257,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) ->
         return_aux=AuxRequest(lse=True),
         scale=scale,
         window_size=call.sides,
-        **({"enable_gqa": True} if q.shape[1] != k.shape[1] and _asks_for_groups(varlen_attn) else {}),
+        **options,
     )
     return found
 
