@@ -2,8 +2,9 @@
 
 Needs torch, transformers and peft; no network: models are random, built from configurations of known sizes. Each item
 runs in a process of its own within its budget of seconds, prints one JSON line a figure, and takes no other with it when
-it fails. `--dry` runs all of it, tiny, on a CPU, in one process. With $OUT set, or on a GPU, the lines of an item are
-also written to benchmarks/results/gpu-<item>.json (under $OUT).
+it fails. `--dry` runs all of it, tiny, on a CPU, in one process. With $OUT set, or on a GPU, what was measured is also
+written under benchmarks/results (under $OUT): gpu-<item>.json line by line, and after each item DATE-<id>.json, which
+`python -m benchmarks report` reads.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
+
+from benchmarks.protocol import versions
+from benchmarks.report import store
+from benchmarks.suite import GPU
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +40,7 @@ Line = dict[str, Any]
 # width, layers, query heads, key-value heads, head width, feed-forward width, vocabulary, tied (Qwen3's own sizes)
 SIZES = {
     "0.6b": (1024, 28, 16, 8, 128, 3072, 151936, True),
+    "1.7b": (2048, 28, 16, 8, 128, 6144, 151936, True),
     "8b": (4096, 36, 32, 8, 128, 12288, 151936, False),
     "8b-8-layers": (4096, 8, 32, 8, 128, 12288, 151936, False),
     "tiny": (64, 2, 4, 2, 16, 128, 503, True),
@@ -42,8 +51,9 @@ BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}
 
 @dataclass(frozen=True)
 class Item:
-    """What one process measures, and the seconds it may take, imports and set-up included."""
+    """What one process measures for which id of the report, and the seconds it may take, imports and set-up included."""
 
+    id: str
     seconds: int
     run: Callable[[Setting], Iterator[Line]]
 
@@ -152,28 +162,39 @@ def random_rows(setting: Setting, tokens: int, longest: int, vocabulary: int, se
 # ---- equality -----------------------------------------------------------------------------------------------------------
 
 
-def equality(setting: Setting) -> Iterator[Line]:
-    """Every check of gpu_checks, and which of the kernels are in use."""
+def equality(*names: str) -> Callable[[Setting], Iterator[Line]]:
+    """These checks of gpu_checks, and which of the kernels they ran on. What breaks the device ends a process: so several."""
+
+    def run(setting: Setting) -> Iterator[Line]:
+        from benchmarks.gpu_checks import CHECKS
+
+        if setting.device.type == "cuda" and "head" in names:
+            yield from kernels(setting)
+        for name in names:
+            begin = time.perf_counter()
+            try:
+                found = list(CHECKS[name](setting.device))
+                setting.wait()
+                bad = [(what, error, limit) for what, error, limit in found if not error <= limit]
+                line: Line = {"ok": not bad, "checks": len(found), "failed": bad, "worst": max(error for _, error, _ in found)}
+            except Exception as error:  # one check must not cost the others
+                line = {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+            yield {"figure": f"equality of {name}", **line, "seconds": round(time.perf_counter() - begin, 1)}
+
+    return run
+
+
+def kernels(setting: Setting) -> Iterator[Line]:
+    """Which of the GPU's kernels are in use; None: it is."""
     import torch
 
-    from benchmarks.gpu_checks import CHECKS
     from burnish.forest import cuda
     from burnish.maths import tiles_cuda
 
-    if setting.device.type == "cuda":
-        for width in (64, 128):
-            yield {"figure": f"flash, head width {width}", "why_not": cuda.why_not(torch.bfloat16, width, setting.device.index)}
-        for dtype in (torch.bfloat16, torch.float32):
-            yield {"figure": f"tile kernel, {dtype}", "why_not": tiles_cuda.why_not(dtype, setting.device)}
-    for name, check in CHECKS.items():
-        begin = time.perf_counter()
-        try:
-            found = list(check(setting.device))
-            bad = [(what, error, limit) for what, error, limit in found if not error <= limit]
-            line: Line = {"ok": not bad, "checks": len(found), "failed": bad, "worst": max(error for _, error, _ in found)}
-        except Exception as error:  # one check must not cost the others
-            line = {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
-        yield {"figure": f"equality of {name}", **line, "seconds": round(time.perf_counter() - begin, 1)}
+    for width in (64, 128):
+        yield {"figure": f"flash, head width {width}", "why_not": cuda.why_not(torch.bfloat16, width, setting.device.index)}
+    for dtype in (torch.bfloat16, torch.float32):
+        yield {"figure": f"tile kernel, {dtype}", "why_not": tiles_cuda.why_not(dtype, setting.device)}
 
 
 # ---- GPU1: supervised fine-tuning ---------------------------------------------------------------------------------------
@@ -241,18 +262,15 @@ def _micro_tokens(setting: Setting, policy: Policy, *, moments: Optimiser) -> in
     return max(1024, int(0.5 * free / per_token) // 256 * 256)
 
 
-def _kv_bytes(setting: Setting) -> int:
-    """A third of the free memory, or what a CPU's default is."""
-    import torch
-
-    return torch.cuda.mem_get_info()[0] // 3 if setting.device.type == "cuda" else 2**31
-
-
 # ---- GPU2: a group-relative step ----------------------------------------------------------------------------------------
 
 
-def grpo(setting: Setting) -> Iterator[Line]:
+def grpo(name: str) -> Callable[[Setting], Iterator[Line]]:
     """8 prompts of 256 tokens x 16 samples of 256: rollout, then one policy-gradient step over the groups as trees."""
+    return lambda setting: _grpo(setting, name)
+
+
+def _grpo(setting: Setting, name: str) -> Iterator[Line]:
     import torch
 
     from burnish.core.records import Sampling
@@ -263,9 +281,9 @@ def grpo(setting: Setting) -> Iterator[Line]:
     from burnish.train.optim import Optimiser
 
     prompts, group, given, new = (2, 2, 12, 6) if setting.dry else (8, 16, 256, 256)
-    policy = random_policy(setting, "0.6b")
+    policy = random_policy(setting, name)
     optimiser = Optimiser(policy, learning_rate=1e-6)
-    engine = LocalEngine(policy, rows=prompts * group, kv_bytes=_kv_bytes(setting))
+    engine = LocalEngine(policy, rows=prompts * group)
     draw = torch.Generator().manual_seed(1)
     vocabulary = policy.shape.vocabulary
     asked = [tuple(torch.randint(3, vocabulary, (given,), generator=draw).tolist()) for _ in range(prompts)]
@@ -301,7 +319,7 @@ def grpo(setting: Setting) -> Iterator[Line]:
         trained = time.perf_counter() - begin
     sampled = sum(t.cost.sampled_tokens for t in made)
     yield {
-        "figure": f"GPU2 group-relative step {setting.size('0.6b')}",
+        "figure": f"GPU2 group-relative step {setting.size(name)}",
         "samples_per_s": round(prompts * group / (rolled + trained), 3),
         "rollout_s": round(rolled, 4),
         "train_s": round(trained, 4),
@@ -316,49 +334,50 @@ def grpo(setting: Setting) -> Iterator[Line]:
 
 
 def decode(name: str, rows: tuple[int, ...], new_tokens: int) -> Callable[[Setting], Iterator[Line]]:
-    """Tokens per second of independent rows: through the engine, and a captured step replayed."""
+    """Tokens per second of independent rows through the engine, its steps captured and its steps eager."""
 
     def run(setting: Setting) -> Iterator[Line]:
-        import torch
-
-        from benchmarks.gpu_checks import Lockstep
-        from burnish.core.records import Sampling
-        from burnish.engines.local import plans
-        from burnish.engines.local.engine import LocalEngine
-
         policy = random_policy(setting, name)
-        draw, vocabulary = torch.Generator().manual_seed(1), policy.shape.vocabulary
-        weights = policy.shape.parameters * policy.dtype.itemsize
-        limit = setting.per(BANDWIDTH)
         for batch in (1, 3) if setting.dry else rows:
-            new = 4 if setting.dry else new_tokens
-            given = [tuple(torch.randint(3, vocabulary, (16,), generator=draw).tolist()) for _ in range(batch)]
-            sampling = Sampling(max_new_tokens=new)
             line: Line = {"figure": f"GPU3 decode {setting.size(name)}, {batch} rows"}
-            engine = LocalEngine(policy, rows=batch, kv_bytes=_kv_bytes(setting))
-
-            def sample(engine: LocalEngine = engine, given: Any = given, sampling: Sampling = sampling) -> None:
-                nodes = engine.prefill_many(given)
-                engine.sample(nodes, sampling, [(i, 0) for i in range(len(given))])
-
-            seconds = setting.timed(sample, 1)
-            line["engine_tokens_per_s"] = round(batch * new / seconds[0])
-            kept, plans.SHARED_BYTES = plans.SHARED_BYTES, 2**60
             try:
-                run = Lockstep(engine, given, sampling)
-                steps = setting.timed(run.step, max(2, min(20, new - 3)), warm=2)
-                line["captured_tokens_per_s"] = round(batch / median(steps))
-                line["captured_step_ms"] = round(1e3 * median(steps), 3)
-                line["of_bandwidth"] = share(weights / median(steps), limit)
-                line["refused"] = [why for g in run.graphs.values() for why in g.refused.values()] or None
-                line["eager_steps"] = sum(g.eager for g in run.graphs.values())
-            except Exception as error:  # the engine's own figure stands without it
-                line["captured_error"] = f"{type(error).__name__}: {str(error)[:300]}"
-            finally:
-                plans.SHARED_BYTES = kept
-            yield line | {"peak_bytes": setting.peak_bytes(), **about(policy)}
+                line |= _decode(setting, policy, batch, 8 if setting.dry else new_tokens)
+            except Exception as error:  # the other row counts stand without it
+                line["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+            yield line | {"ok": "error" not in line, "peak_bytes": setting.peak_bytes(), **about(policy)}
 
     return run
+
+
+def _decode(setting: Setting, policy: Policy, batch: int, new: int) -> Line:
+    import torch
+
+    from benchmarks.gpu_checks import graphs_for
+    from burnish.core.records import Sampling
+    from burnish.engines.local.engine import LocalEngine
+
+    draw, vocabulary = torch.Generator().manual_seed(1), policy.shape.vocabulary
+    given = [tuple(torch.randint(3, vocabulary, (16,), generator=draw).tolist()) for _ in range(batch)]
+    found: Line = {}
+    for how in ("eager", "captured"):
+        engine = LocalEngine(policy, rows=batch)
+        engine.graphs = graphs_for(engine, 0) if how == "captured" else None
+
+        def sample(engine: LocalEngine = engine) -> None:
+            nodes = engine.prefill_many(given)
+            engine.sample(nodes, Sampling(max_new_tokens=new), [(i, 0) for i in range(batch)])
+            for node in nodes:
+                engine.free(node)
+
+        seconds = min(setting.timed(sample, 1 if setting.dry else 2))
+        found[f"{how}_tokens_per_s"] = round(batch * new / seconds)
+        found[f"{how}_step_ms"] = round(1e3 * seconds / new, 3)  # the prompts' share of it is one step's
+        weights = policy.shape.parameters * policy.dtype.itemsize
+        found[f"{how}_of_bandwidth"] = share(weights * new / seconds, setting.per(BANDWIDTH))
+        if engine.graphs is not None and not engine.graphs.on:
+            found["refused"] = policy.decisions["graphs"]["why"]
+        engine.arena.release()
+    return found
 
 
 # ---- GPU4: the head -----------------------------------------------------------------------------------------------------
@@ -415,14 +434,18 @@ def head(setting: Setting) -> Iterator[Line]:
 
 
 ITEMS: dict[str, Item] = {
-    "equality": Item(110, equality),
-    "head": Item(50, head),
-    "sft-0.6b": Item(50, sft("0.6b", False, 32_768)),
-    "decode-0.6b": Item(70, decode("0.6b", (1, 8, 64, 256, 512), 64)),
-    "grpo-0.6b": Item(70, grpo),
-    "sft-8b-lora": Item(70, sft("8b", True, 16_384)),
-    "sft-8b-8-layers": Item(55, sft("8b-8-layers", False, 16_384)),
-    "decode-8b": Item(55, decode("8b", (1, 64, 256), 32)),
+    "equality": Item("GPU0", 55, equality("forest", "head", "step", "sampler")),
+    "equality-engine": Item("GPU0", 45, equality("greedy", "captured", "trunks", "auto")),
+    "equality-graphs": Item("GPU0", 35, equality("graphs")),
+    "head": Item("GPU4", 40, head),
+    "sft-0.6b": Item("GPU1", 40, sft("0.6b", False, 32_768)),
+    "decode-0.6b": Item("GPU3", 55, decode("0.6b", (1, 8, 64, 256, 512), 64)),
+    "grpo-0.6b": Item("GPU2", 50, grpo("0.6b")),
+    "sft-8b-lora": Item("GPU1", 55, sft("8b", True, 16_384)),
+    "decode-8b": Item("GPU3", 45, decode("8b", (1, 64, 256), 32)),
+    "sft-0.6b-lora": Item("GPU1", 30, sft("0.6b", True, 32_768)),
+    "grpo-1.7b": Item("GPU2", 45, grpo("1.7b")),
+    "sft-8b-8-layers": Item("GPU1", 35, sft("8b-8-layers", False, 16_384)),
 }
 """An 8B model's full fine-tuning needs 18 bytes a parameter, 147 GB: eight of its 36 layers stand for it."""
 
@@ -430,9 +453,9 @@ ITEMS: dict[str, Item] = {
 # ---- running ------------------------------------------------------------------------------------------------------------
 
 
-def run_item(name: str, item: Item, setting: Setting, folder: Path | None) -> bool:
+def run_item(name: str, item: Item, setting: Setting, folder: Path | None, facts: Line | None = None) -> bool:
     """One item in this process: its lines printed and kept, an error a line of its own. -> whether it went through."""
-    lines: list[Line] = []
+    lines: list[Line] = [] if facts is None else [{"item": name} | facts]
 
     def keep(line: Line) -> None:
         lines.append({"item": name} | line)
@@ -458,8 +481,8 @@ def setting_of(dry: bool) -> tuple[Setting, Line]:
 
     cuda = torch.cuda.is_available() and not dry
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    facts = {"figure": "device", "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__}
-    return Setting(device, dry), facts
+    facts: Line = {"figure": "device", "device": torch.cuda.get_device_name() if cuda else "cpu", "dry": dry, "python": platform.python_version()}
+    return Setting(device, dry), facts | versions("torch", "triton", "transformers", "peft")
 
 
 def results(dry: bool) -> Path | None:
@@ -467,6 +490,26 @@ def results(dry: bool) -> Path | None:
     if out:
         return Path(out) / "benchmarks" / "results"
     return None if dry else ROOT / "benchmarks" / "results"
+
+
+def collect(folder: Path, names: Sequence[str], title: str, id: str, command: str) -> None:
+    """DATE-<id>.json, as the report reads it, of what the items of one id have written so far."""
+    lines: list[Line] = []
+    for name in names:
+        path = folder / f"gpu-{name}.json"
+        if ITEMS[name].id == id and path.exists():
+            lines += json.loads(path.read_text(encoding="utf-8"))
+    facts = [line for line in lines if line["figure"] == "device"]
+    if not facts:
+        return
+    errors = [f"{line['item']}: {line['error']}" for line in lines if "error" in line]
+    result = {
+        "schema": 1, "id": id, "title": title, "date": time.strftime("%Y-%m-%d"), "command": command, "dry": facts[0]["dry"],
+        "environment": {k: v for k, v in facts[0].items() if k not in ("item", "figure", "dry")},
+        "seconds": sum(line["seconds"] for line in lines if line["figure"] == "seconds"), "error": errors[0] if errors else None,
+        "cases": [line for line in lines if line["figure"] not in ("device", "seconds", "error")],
+    }  # fmt: skip
+    store(result, folder)
 
 
 def main(arguments: list[str]) -> int:
@@ -478,13 +521,28 @@ def main(arguments: list[str]) -> int:
     names = given.only.split(",")
     if odd := [n for n in names if n not in ITEMS]:
         parser.error(f"no item {', '.join(odd)}; there are {', '.join(ITEMS)}")
+    folder = results(given.dry)
+    words = ["bash benchmarks/gpu.sh", *(["--dry"] if given.dry else []), *([f"--only {given.only}"] if names != list(ITEMS) else [])]
+
+    def after(name: str) -> None:
+        """What is there so far, for the report: also where the suite is cut off later."""
+        if folder is not None:
+            collect(folder, names, GPU[ITEMS[name].id], ITEMS[name].id, " ".join(words))
+
+    if not given.here and folder is not None:
+        for name in names:  # an earlier run's lines are not this one's
+            (folder / f"gpu-{name}.json").unlink(missing_ok=True)
     if given.dry or given.here:
         setting, facts = setting_of(given.dry)
         if not given.dry and setting.device.type != "cuda":
             print(json.dumps({"item": names[0], "figure": "error", "error": "torch sees no CUDA device; try --dry"}))
             return 4
         print(json.dumps(facts), flush=True)
-        done = [run_item(name, ITEMS[name], setting, results(given.dry)) for name in names]
+        done: list[bool] = []
+        for name in names:
+            done.append(run_item(name, ITEMS[name], setting, folder, facts))
+            if not given.here:
+                after(name)
         return 0 if all(done) else 1
     begin, codes = time.monotonic(), {}
     for name in names:
@@ -498,10 +556,10 @@ def main(arguments: list[str]) -> int:
             codes[name] = subprocess.run(line, timeout=budget).returncode
         except subprocess.TimeoutExpired:
             codes[name] = f"over its {budget:.0f} s"
+        after(name)
     print(json.dumps({"figure": "items", "codes": codes, "seconds": round(time.monotonic() - begin, 1)}), flush=True)
     return 0 if all(code == 0 for code in codes.values()) else 1
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main(sys.argv[1:]))

@@ -6,9 +6,9 @@ On a GPU they say whether the CUDA paths are right; on a CPU the same checks hol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from tests.engines.chi_square import chi_square
 from tests.engines.policies import Letters, prompts
@@ -18,14 +18,14 @@ from torch import Tensor
 from burnish.core.records import Sampling
 from burnish.engines.local import plans
 from burnish.engines.local.engine import LocalEngine
-from burnish.engines.local.graphs import Capture, Graphs, bucket, decode_step, no_keys, span_of
-from burnish.engines.local.rollout import Rollout
+from burnish.engines.local.graphs import DecodeGraphs
 from burnish.engines.local.sampling import draw, row_keys
 from burnish.forest.attention import Dense, Forest
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Layout, Tree, Unit
 from burnish.maths.head import LogitMap, head_loss
 from burnish.maths.logprobs import label_logprobs, nll, weighted_nll
+from burnish.models.load import load_policy
 from burnish.models.policy import Policy
 
 Found = Iterator[tuple[str, float, float]]
@@ -162,7 +162,45 @@ def samples_follow_the_distribution(device: torch.device) -> Found:
             yield what, chi_square(count, p), 1.0
 
 
-# ---- decode in lockstep, captured -------------------------------------------------------------------------------------
+# ---- the engine's ways to decode --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sharing(least: int) -> Iterator[None]:
+    """Prefixes are shared from this many bytes a layer on, on any device."""
+    kept = plans.SHARED_BYTES, plans.SHARED_BYTES_CUDA
+    plans.SHARED_BYTES = plans.SHARED_BYTES_CUDA = least
+    try:
+        yield
+    finally:
+        plans.SHARED_BYTES, plans.SHARED_BYTES_CUDA = kept
+
+
+def sampled(engine: LocalEngine, temperature: float) -> list[tuple[int, ...]]:
+    """Four ragged prompts, three samples each, in five rows: rows split, end, and are replaced; slots grow."""
+    nodes = engine.prefill_many(prompts(4))
+    pairs = [(node, (i, s)) for i, node in enumerate(nodes) for s in range(3)]
+    made = engine.sample([n for n, _ in pairs], Sampling(temperature=temperature, max_new_tokens=82, seed=1), [k for _, k in pairs])
+    for node in nodes:
+        engine.free(node)
+    return [t.completion for t in made]
+
+
+def differing(found: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> float:
+    """Share of rows that differ."""
+    return sum(a != b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+
+
+def trunks_are_copies(device: torch.device) -> Found:
+    """Share of rows drawn otherwise where prefixes are one block for all rows below them, float32."""
+    for name in ("qwen3", "gemma3", "gpt_oss"):
+        found = []
+        for least in (0, 2**60):
+            with sharing(least):
+                engine = LocalEngine(policy_on(device, name), rows=5)
+                engine.graphs = None
+                found.append(sampled(engine, 1.0))
+        yield name, differing(*found), 0.1  # a near tie may fall either way
 
 
 class Again:
@@ -178,79 +216,50 @@ class Again:
         return replay, outputs
 
 
-def capture_for(device: torch.device) -> Capture | None:
-    return None if device.type == "cuda" else Again()  # None: a real one
-
-
-class Lockstep:
-    """Rows that share nothing and end together, a captured step at a time: what a graph's replay takes and gives."""
-
-    def __init__(self, engine: LocalEngine, given: list[tuple[int, ...]], sampling: Sampling) -> None:
-        self.engine, self.sampling = engine, sampling
-        nodes: list[Any] = engine.prefill_many(given)
-        rows = len(given)
-        longest = max(map(len, given)) + sampling.max_new_tokens
-        with torch.inference_mode():
-            self.rollout = Rollout(engine, nodes, sampling, [(i, 0) for i in range(rows)])
-            engine.arena.reserve(bucket(rows) or rows, span_of(longest))
-            self.rollout._admit([])
-            self.token = self.rollout.token[:rows].clone()
-            self.noise = torch.from_numpy(self.rollout.noise[self.rollout.live]).to(engine.policy.device)
-        self.graphs: dict[int, Graphs] = {}
-
-    def step(self) -> tuple[Tensor, Tensor]:
-        """(tokens, log-probs) of every row, in slot order."""
-        r, rows = self.rollout, len(self.token)
-        span = span_of(int(r.length[:rows].max()))
-        with torch.inference_mode():
-            if span not in self.graphs:
-                capture = capture_for(self.engine.policy.device)
-                self.graphs[span] = Graphs(decode_step(self.engine, self.sampling, span), capture)
-            position, length = (torch.from_numpy(np.ascontiguousarray(x[:rows])) for x in (r.position, r.length))
-            inputs = {
-                "token": self.token,
-                "position": position.to(self.token.device),
-                "length": length.to(self.token.device),
-                "noise": self.noise,
-            }
-            made = self.graphs[span](0, inputs, most=self.engine.arena.rows, blank={"length": no_keys})
-            self.token = made[0].clone()
-        r.length[:rows] += 1
-        r.position[:rows] += 1
-        return self.token, made[1].clone()
+def graphs_for(engine: LocalEngine, patience: int) -> DecodeGraphs:
+    """Real ones on a GPU, else `Again`."""
+    return DecodeGraphs(engine, None if engine.policy.device.type == "cuda" else Again, patience)
 
 
 def graphs_are_eager(device: torch.device) -> Found:
-    """Share of tokens that captured steps draw otherwise than the engine, float32; greedy and sampled."""
-    kept, plans.SHARED_BYTES = plans.SHARED_BYTES, 2**60
-    try:
-        for name in ("qwen3", "gemma3"):
+    """Share of rows that captured steps draw otherwise than eager ones, float32; twice, so that graphs outlive a call."""
+    with sharing(2**60):
+        for name in ("qwen3", "gemma3", "gemma2"):
             for temperature in (0.0, 1.0):
-                model = tiny(name, eos_token_id=None)
-                model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-                engine = LocalEngine(Policy(model.to(device), Letters(None)))  # type: ignore[arg-type]
-                sampling = Sampling(temperature=temperature, max_new_tokens=20, seed=1)
-                given = prompts(3)
-                nodes = engine.prefill_many(given)
-                want = {i: t.completion for i, t in enumerate(engine.sample(nodes, sampling, [(i, 0) for i in range(3)]))}
-                run = Lockstep(engine, given, sampling)
-                made = [run.token, *(run.step()[0] for _ in range(19))]
-                got = torch.stack(made, 1).tolist()
-                live = run.rollout.live.tolist()
-                wrong = sum(a != b for row, i in zip(got, live) for a, b in zip(row, want[i]))
-                refused = [why for g in run.graphs.values() for why in g.refused.values()]
-                what = f"{name}, temperature {temperature}" + (f" (not captured: {refused[0]})" if refused else "")
-                yield what, wrong / (3 * 20), 0.02
-    finally:
-        plans.SHARED_BYTES = kept
+                eager, captured = (LocalEngine(policy_on(device, name), rows=5) for _ in range(2))
+                eager.graphs, captured.graphs = None, graphs_for(captured, 0)
+                wrong = max(differing(sampled(captured, temperature), sampled(eager, temperature)) for _ in range(2))
+                decided = captured.policy.decisions["graphs"]
+                what = f"{name}, temperature {temperature}"
+                if decided["value"] != "captured":  # right, but not what was to be checked
+                    what, wrong = f"{what}: {decided['why']}", 1.0
+                yield what, wrong, 0.1
+
+
+def auto_is_the_gpu(device: torch.device) -> Found:
+    """`device: auto` loads the bundled model onto the GPU where there is one, and it answers there what it answers here."""
+    found = []
+    for wanted in ("auto", "cpu"):
+        if wanted == "auto" and device.type == "cpu":
+            wanted = "cpu"
+        policy = load_policy("spark", dtype="float32", device=wanted)
+        engine = LocalEngine(policy)
+        nodes = engine.prefill_many(prompts(6))
+        made = engine.sample(nodes, Sampling(temperature=0.0, max_new_tokens=24), [(i, 0) for i in range(6)])
+        found.append(([t.completion for t in made], policy.device.type))
+    (there, where), (here, _) = found
+    yield f"auto is {where}", float(where != device.type), 0.0
+    yield "answers", differing(there, here), 0.2
 
 
 CHECKS: dict[str, Callable[[torch.device], Found]] = {
     "forest": forest_is_dense,
     "head": head_is_whole_logits,
     "step": a_step_is_the_cpus,
+    "sampler": samples_follow_the_distribution,
     "greedy": greedy_is_generate,
     "captured": captured_is_scored,
-    "sampler": samples_follow_the_distribution,
+    "trunks": trunks_are_copies,
+    "auto": auto_is_the_gpu,
     "graphs": graphs_are_eager,
 }

@@ -28,7 +28,7 @@ def newest(folder: Path = STORE) -> dict[str, tuple[Path, Result]]:
     found: dict[str, tuple[Path, Result]] = {}
     for path in sorted(folder.glob("????-??-??-*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result.get("schema") == 1:
+        if result.get("schema") == 1 and not result.get("dry"):
             found[result["id"]] = (path, result)
     return found
 
@@ -118,13 +118,32 @@ def page(found: Mapping[str, tuple[Path, Result]]) -> str:
     parts += [section(bench, found.get(bench.id)) for bench in BENCHES.values()]
     parts.append("## On a GPU")
     parts.append(table(["id", "what", ""], [[name, what, gpu(found.get(name))] for name, what in GPU.items()]))
+    parts += [gpu_section(name, found[name][1]) for name in GPU if name in found]
     return "\n\n".join(parts) + "\n"
 
 
 def gpu(found: tuple[Path, Result] | None) -> str:
     if found is None:
         return "unmeasured: run `benchmarks/gpu.sh` on a machine with a GPU"
-    return f"{found[1]['date']}: `results/{found[0].name}`"
+    path, result = found
+    failed = [c for c in result["cases"] if c.get("ok") is False]
+    state = f"{len(result['cases'])} figures" + (f", **{len(failed)} failed**" if failed else "")
+    stopped = f"; **stopped early:** {_plain(result['error'])}" if result.get("error") else ""
+    return f"{result['date']}, {result['environment']['device']}: {state}{stopped}. Stored: `results/{path.name}`"
+
+
+def gpu_section(name: str, result: Result) -> str:
+    """Every figure as it was printed."""
+    made = ", ".join(f"{k} {v}" for k, v in result["environment"].items())
+    rows = [[_plain(str(c["figure"])), _plain(figures(c))] for c in result["cases"]]
+    said = f"`{result['command']}`, {result['date']}, {result['seconds']:.0f} s; {made}."
+    return "\n\n".join([f"### {name}. {result['title']}", said, table(["figure", "measured"], rows)])
+
+
+def figures(case: Mapping[str, Any]) -> str:
+    """`name value` of all a case holds, numbers at four digits."""
+    shown = {k: v for k, v in case.items() if k not in ("figure", "item") and v is not None and not (k == "ok" and v)}
+    return "; ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
 
 
 def write(folder: Path = STORE, out: Path = PAGE) -> Path:

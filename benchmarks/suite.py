@@ -96,6 +96,7 @@ BENCHES = {
     )
 }  # fmt: skip
 GPU = {
+    "GPU0": "equality of every CUDA path with the CPU's, the padded model's or whole logits",
     "GPU1": "SFT of 0.6B and 8B, full and LoRA, 4k packed",
     "GPU2": "GRPO of 0.6B and 1.7B, groups of 16",
     "GPU3": "decoding of 0.6B and 8B, 1 to 512 rows",

@@ -11,7 +11,8 @@ from burnish import load, pipeline
 from burnish.cli import invoke
 from burnish.core.errors import ConfigError, MachineError
 from burnish.core.records import Sampling
-from burnish.engines.local.engine import LocalEngine
+from burnish.engines.local import plans
+from burnish.engines.local.engine import LocalEngine, kv_bytes_of
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
 from burnish.maths.logprobs import weighted_nll
@@ -48,6 +49,9 @@ def test_the_pretended_device_has_a_gpus_rules():
             x.index_select(0, torch.tensor([1]))
         x[0].copy_(torch.zeros(3))
         assert x.cpu().sum() == 12.0
+
+
+KEYS = [(i, s) for i in range(3) for s in (0, 1)]
 
 
 def batch() -> Batch:
@@ -106,7 +110,7 @@ def test_a_rollout_and_a_score_stay_on_their_device(name: str, sampling: Samplin
         nodes = engine.prefill_many(prompts(4, longest=12))
         made = engine.sample([n for n in nodes for _ in range(2)], sampling, [(i, s) for i in range(4) for s in (0, 1)])
         below = [engine.prefill(t.tokens[len(n.path) :], n) for n, t in zip(nodes, made[::2])]
-        return [t.tokens for t in made], engine.score(below)
+        return [t.tokens for t in made], [*engine.score(below), *(t.logprobs for t in made)]
 
     sampling = Sampling(**{**vars(sampling), "max_new_tokens": 9})
     tokens, scores = run(policy(name))
@@ -132,6 +136,26 @@ def test_a_step_reads_the_device_once_for_all_its_losses_and_once_for_the_norm()
             assert row["loss"] is not None and len(work.batch.split(micro_tokens)) == (1 if micro_tokens == 1000 else 3)
             counts.append(mode.reads.total())
     assert counts[0] == counts[1] <= 4, counts
+
+
+@pytest.mark.parametrize("least_shared", [0, 2**60], ids=["shared", "copies"])
+@pytest.mark.parametrize(
+    ("name", "sampling"), [("qwen3", Sampling(temperature=0.0)), ("gemma3", Sampling()), ("gemma2", Sampling(top_k=5, min_p=0.01))]
+)
+def test_a_decode_step_reads_the_device_once(name: str, sampling: Sampling, least_shared: int, monkeypatch: pytest.MonkeyPatch):
+    """The tokens it drew, with their log-probabilities: positions and lengths are the host's own."""
+    monkeypatch.setattr(plans, "SHARED_BYTES", least_shared)
+    reads: list[int] = []
+    with Pretending() as mode:
+        p = moved(name)
+        p.base.generation_config.eos_token_id = p.base.config.eos_token_id = p.tokenizer.eos_token_id = None
+        engine = LocalEngine(p)
+        nodes = engine.prefill_many(prompts(3, longest=12))
+        for new_tokens in (1, 3, 11):
+            mode.reads.clear()
+            engine.sample([n for n in nodes for _ in range(2)], Sampling(**{**vars(sampling), "max_new_tokens": new_tokens}), KEYS)
+            reads.append(mode.reads.total())
+    assert reads[2] - reads[1] == 8 and reads[1] - reads[0] == 2, reads
 
 
 # ---- which device -------------------------------------------------------------------------------------------------------
@@ -173,6 +197,28 @@ def test_verbs_and_recipes_take_a_device(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "cuda is not there" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # refused before anything is written
     assert invoke(["eval", "spark", "--task", "sums", "--rows", "2", "--device", "tpu"]) == 2
+
+
+def test_a_gpus_decisions_are_taken_down_as_they_change():
+    work = pipeline._Work.__new__(pipeline._Work)
+    work.decisions = {"device": {"value": "cuda"}}
+    held = SimpleNamespace(decisions={"decode": {"value": "lean"}, "graphs": {"value": "captured"}, "head": {"value": "triton"}})
+    assert work._note(held) and not work._note(held)  # type: ignore[arg-type]
+    held.decisions["graphs"] = {"value": "eager"}
+    assert work._note(held)  # type: ignore[arg-type]
+    assert {k: v["value"] for k, v in work.decisions.items()} == {"device": "cuda", "graphs": "eager", "head": "triton"}
+
+
+def test_an_engine_on_a_gpu_takes_half_of_what_is_free_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50_000, 80_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7_000)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), decisions={})
+    assert kv_bytes_of(on_gpu) == 26_000  # type: ignore[arg-type]
+    assert on_gpu.decisions["kv_bytes"]["value"] == 26_000 and on_gpu.decisions["kv_bytes"]["measured"] == {"free_bytes": 52_000}
+    here = policy("llama")
+    assert kv_bytes_of(here) == 2**31 and "kv_bytes" not in here.decisions
+    assert LocalEngine(here).graphs is None and "graphs" not in here.decisions
 
 
 @pytest.mark.parametrize(("recipe", "decided", "wanted"), [("auto", "cuda", "cuda"), ("cpu", "cuda", "cpu"), ("auto", None, "auto")])

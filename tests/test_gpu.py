@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.suite import GPU
 
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, gpu_checks, report
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_THERE = ("pydantic", "pytest", "trl", "datasets", "jaxtyping", "beartype")  # only torch, transformers and peft are
@@ -34,8 +35,11 @@ def test_a_dry_run_measures_every_item_with_little_installed(tmp_path: Path) -> 
     figures = " ".join(line["figure"] for line in lines)
     assert all(f"equality of {name}" in figures for name in gpu_checks.CHECKS)
     assert all(figure in figures for figure in ("GPU1 SFT full", "GPU1 SFT LoRA", "GPU2", "GPU3", "GPU4"))
-    assert not any(line.get("captured_error") or line.get("refused") for line in lines)
-    assert {p.name for p in (tmp_path / "benchmarks" / "results").iterdir()} == {f"gpu-{name}.json" for name in gpu.ITEMS}
+    assert not any(line.get("refused") for line in lines)
+    names = {p.name for p in (tmp_path / "benchmarks" / "results").iterdir()}
+    assert {name for name in names if name.startswith("gpu-")} == {f"gpu-{name}.json" for name in gpu.ITEMS}
+    assert sorted(name[11:] for name in names if not name.startswith("gpu-")) == [f"GPU{i}.json" for i in range(5)]
+    assert not report.newest(tmp_path / "benchmarks" / "results")  # a dry run measures nothing
     (sft,) = [x for x in json.loads((tmp_path / "benchmarks/results/gpu-sft-0.6b.json").read_text()) if "mfu" in x]
     assert sft["tokens_per_s"] > 0
 
@@ -46,28 +50,58 @@ def test_an_item_that_fails_is_a_line_and_keeps_what_came_before(tmp_path: Path,
         raise torch.OutOfMemoryError("no room")
 
     setting = gpu.Setting(torch.device("cpu"), True)
-    assert not gpu.run_item("breaks", gpu.Item(5, breaks), setting, tmp_path)
+    assert not gpu.run_item("breaks", gpu.Item("GPU4", 5, breaks), setting, tmp_path)
     kept = json.loads((tmp_path / "gpu-breaks.json").read_text())
     assert [line["figure"] for line in kept] == ["first", "error", "seconds"] and "no room" in kept[1]["error"]
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_each_item_runs_apart_and_one_over_its_time_does_not_cost_the_next(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """And what was measured until then is where the report finds it."""
     started: list[str] = []
+    folder = tmp_path / "benchmarks" / "results"
+    facts = {"figure": "device", "device": "a GPU", "dry": False, "python": "3.12.1", "torch": "2.11.0"}
 
     def run(line: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-        started.append(line[-1])
-        if line[-1] == "head":
-            raise subprocess.TimeoutExpired(line, timeout)
-        return subprocess.CompletedProcess(line, 1 if line[-1] == "equality" else 0)
+        name = line[-1]
+        started.append(name)
 
+        def found(setting: gpu.Setting) -> Iterator[gpu.Line]:
+            yield {"figure": f"{name} one", "tokens_per_s": 1234.5678, "mfu": None}
+            if name == "equality":
+                yield {"figure": "equality of head", "ok": False, "failed": [["a|b", 1.0, 0.1]]}
+            if name == "decode-8b":
+                raise RuntimeError("lost the device")
+
+        setting = gpu.Setting(torch.device("cpu"), False)
+        done = gpu.run_item(name, gpu.Item(gpu.ITEMS[name].id, 5, found), setting, folder, facts)
+        if name == "head":
+            raise subprocess.TimeoutExpired(line, timeout)
+        return subprocess.CompletedProcess(line, 0 if done else 1)
+
+    monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(gpu.subprocess, "run", run)
     assert gpu.main([]) == 1
     assert started == list(gpu.ITEMS)
-    codes = json.loads(capsys.readouterr().out)["codes"]
-    assert codes["equality"] == 1 and codes["head"] == "over its 50 s" and codes["grpo-0.6b"] == 0
+    codes = json.loads(capsys.readouterr().out.splitlines()[-1])["codes"]
+    assert codes["equality"] == codes["decode-8b"] == 1 and codes["head"] == "over its 40 s" and codes["grpo-0.6b"] == 0
+    stored = report.newest(folder)
+    assert set(stored) == set(GPU)
+    assert [c["figure"] for c in stored["GPU1"][1]["cases"]] == [f"{n} one" for n, item in gpu.ITEMS.items() if item.id == "GPU1"]
+    text = report.page(stored)
+    assert "| equality one | tokens_per_s 1235 |" in text and "| equality of head | ok False; failed [['a/b', 1.0, 0.1]] |" in text
+    assert "a GPU: 4 figures, **1 failed**" in text and "**stopped early:** decode-8b: RuntimeError: lost the device" in text
+    assert "device a GPU, python 3.12.1, torch 2.11.0" in text and "unmeasured: run" not in text
+
+    monkeypatch.setattr(gpu.subprocess, "run", lambda line, timeout: subprocess.CompletedProcess(line, 137))
+    assert gpu.main(["--only", "head"]) == 1  # killed before its first line: the earlier run's lines do not stand for it
+    assert not (folder / "gpu-head.json").exists() and (folder / "gpu-sft-0.6b.json").exists()
+
+
+def test_every_check_and_every_id_is_in_the_suite() -> None:
+    assert {item.id for item in gpu.ITEMS.values()} == set(GPU)
 
 
 def test_the_budgets_add_up_to_less_than_nine_minutes() -> None:

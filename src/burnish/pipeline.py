@@ -31,6 +31,7 @@ from burnish.train.log import Progressing
 from burnish.train.loop import State, fit, peak_bytes
 
 PRICE = "BURNISH_PRICE_PER_HOUR"
+ON_A_GPU = ("head", "graphs", "kv_bytes")  # decisions of a policy and its engine there
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,15 @@ class _Work:
             chosen = {"value": self.recipe.dtype, "why": "the recipe says so", "measured": {}}
             self.decisions["dtype"] = policy.decisions.get("dtype", chosen)
         self.decisions.setdefault("attention", policy.decisions["attention"])
+        self._note(policy)
         return policy
+
+    def _note(self, policy: Policy) -> bool:
+        """Take down what was found out about a policy's GPU; -> whether anything is new. Nothing is replayed from it."""
+        found = {k: policy.decisions[k] for k in ON_A_GPU if k in policy.decisions}
+        new = any(self.decisions.get(k) != v for k, v in found.items())
+        self.decisions.update(found)
+        return new
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
@@ -310,6 +319,8 @@ class _Work:
                 result["seconds"] = round(time.perf_counter() - begin, 3)
                 write_json(path, result)
                 self.progress.say(judge.line(result))
+                if self._note(policy):
+                    self._decide()
             # the stage's ledger is derived from what each evaluation wrote, so that no resume counts one twice
             result = read_json(path)
             ledger.spend(Spend(**result["spend"]))

@@ -8,7 +8,9 @@ import torch
 
 from burnish.engines.base import Node
 from burnish.engines.local.arena import Arena, Spans
-from burnish.engines.local.plans import SHARED_BYTES, _similar, trunk_of
+from burnish.engines.local.plans import SHARED_BYTES, SHARED_BYTES_CUDA, _similar, trunk_of
+
+CPU = torch.device("cpu")
 
 
 def test_spans_never_overlap_and_join_again() -> None:
@@ -61,10 +63,13 @@ def test_a_prefix_is_shared_where_copies_would_be_large() -> None:
     leaf = Node("leaf", tuple(range(50)), child)
     rows = {root: 11, child: 11, leaf: 2}  # ten copies of the root are spared by sharing it
     enough = -(-SHARED_BYTES // (10 * 100))  # bytes a token
-    assert trunk_of(leaf.chain, rows, enough, spared=1) == 1
-    assert trunk_of(leaf.chain, rows, enough - 1, spared=1) == 0
-    assert trunk_of(leaf.chain, {**rows, leaf: 40}, enough - 1, spared=1) == 3
-    assert trunk_of(leaf.chain, {**rows, child: 10_000}, enough - 1, spared=1) == 2
+    assert trunk_of(leaf.chain, rows, enough, CPU, spared=1) == 1
+    assert trunk_of(leaf.chain, rows, enough - 1, CPU, spared=1) == 0
+    assert trunk_of(leaf.chain, {**rows, leaf: 40}, enough - 1, CPU, spared=1) == 3
+    assert trunk_of(leaf.chain, {**rows, child: 10_000}, enough - 1, CPU, spared=1) == 2
+    much = enough * (SHARED_BYTES_CUDA // SHARED_BYTES)
+    found = [trunk_of(leaf.chain, rows, size, torch.device("cuda", 0), spared=1) for size in (enough, much - 1000, much)]
+    assert found == [0, 0, 1]
 
 
 def test_padding_wastes_little() -> None:

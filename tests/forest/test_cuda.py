@@ -198,3 +198,27 @@ def test_torchs_own_operators_are_called_as_they_are_declared(monkeypatch: pytes
             assert all(x.grad is not None and x.grad.shape == x.shape and x.grad.device == x.device for x in leaves)
             pairs = lay_out(layout, window, CPU).pairs
             assert (plan.flops, plan.flops_backward) == (4 * 4 * 64 * pairs, 10 * 4 * 64 * pairs)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("asks", [True, False], ids=["torch 2.13", "torch 2.11"])
+def test_the_kernel_is_called_as_this_torch_wants_it(asks: bool, heads: int, monkeypatch: pytest.MonkeyPatch):
+    """2.11 takes fewer key heads without being told; later versions refuse them unless they are."""
+    from torch.nn.attention import varlen
+
+    told: list[dict[str, object]] = []
+
+    def older(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        told.append({"max_q": max_q, "window_size": window_size})
+        return q, torch.zeros(q.shape[1], len(q))
+
+    def newer(*given, enable_gqa=False, **more):
+        found = older(*given, **more)
+        told[-1]["enable_gqa"] = enable_gqa
+        return found
+
+    monkeypatch.setattr(varlen, "varlen_attn", newer if asks else older)
+    q, k = torch.zeros(3, 4, 8), torch.zeros(3, heads, 8)
+    (call,) = lay_out(Layout((1, 2), (-1, -1)), None, CPU).own
+    cuda.FLASH.forward(q, k, k, call, 1.0)
+    assert told == [{"max_q": 2, "window_size": (-1, 0)} | ({"enable_gqa": heads == 2} if asks else {})]

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from burnish.maths import tiles_cuda
+from burnish.maths import head, tiles_cuda
 from burnish.maths.head import LogitMap
+from burnish.maths.kernels import Kernels
+from burnish.maths.logprobs import weighted_nll
 
 MAPS = [
     LogitMap(),
@@ -44,6 +47,22 @@ def check(dtype: torch.dtype, logit_map: LogitMap, keep: bool, vocabulary: int, 
     assert not wide[:, vocabulary:].any()  # what stands between rows is not touched
 
 
+def check_head(logit_map: LogitMap) -> None:
+    """Loss and gradients, in chunks of 20 rows, against logits that exist whole, in float64."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(rows, 16, generator=g).requires_grad_() for rows in (50, 300)]
+    label = torch.randint(0, 300, (50,), generator=g)
+    loss, _ = head.head_loss(*leaves, label, weighted_nll(torch.ones(50)), logit_map=logit_map, rows=20)
+    loss.backward()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    whole = torch.nn.functional.cross_entropy(logit_map(exact[0] @ exact[1].T), label, reduction="sum")
+    whole.backward()
+    torch.testing.assert_close(loss.double(), whole, rtol=1e-5, atol=0)
+    for x, y in zip(leaves, exact):
+        assert x.grad is not None and y.grad is not None
+        assert (x.grad - y.grad).norm() < 1e-5 * y.grad.norm()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype: torch.dtype):
@@ -61,7 +80,8 @@ def test_the_kernel_under_tritons_interpreter():
         "from tests.maths import test_tiles_cuda as t; import torch; t.tiles_cuda.BLOCK = 128;"
         "d = torch.device('cpu'); assert t.tiles_cuda.why_not(torch.float32, d) is None;"
         "[t.check(x, m, k, v, d) for x in (torch.float32, torch.bfloat16) for m in t.MAPS for k in (True, False)"
-        " for v in (1, 97, 128, 300)]; print('ok')"
+        " for v in (1, 97, 128, 300)]; t.head.fused_pass = lambda dtype, device: t.tiles_cuda.overwrite_exp;"
+        "[t.check_head(m) for m in t.MAPS]; print('ok')"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -98,3 +118,35 @@ def test_a_kernel_that_is_wrong_or_does_not_run_is_not_used(wrong, monkeypatch: 
         wrong = lambda t, m: (t, m)  # noqa: E731
         assert tiles_cuda.why_not(torch.float32, torch.device("cpu")) is None
         tiles_cuda._disagreement.cache_clear()
+
+
+def test_the_head_takes_the_kernel_for_cuda_tensors_where_it_is_right(monkeypatch: pytest.MonkeyPatch):
+    there, asked = torch.device("cuda", 0), list[tuple[torch.dtype, torch.device]]()
+
+    def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+        asked.append((dtype, device))
+        return None if dtype == torch.bfloat16 else "the kernel disagrees with torch"
+
+    monkeypatch.setattr(tiles_cuda, "why_not", why_not)
+    assert head.fused_pass(torch.bfloat16, there) is tiles_cuda.overwrite_exp
+    assert head.fused_pass(torch.float32, there) is None
+    assert asked == [(torch.bfloat16, there), (torch.float32, there)]
+    own: Any = head.fused_pass(torch.float32, torch.device("cpu"))
+    assert own is None or own.__func__ is Kernels.overwrite_exp
+    assert len(asked) == 2  # a CPU tensor asks nobody about Triton
+
+
+def test_a_head_whose_kernel_does_its_part_gives_the_gradients_of_whole_logits(monkeypatch: pytest.MonkeyPatch):
+    """The kernel's definition in torch, by the contract the head relies on: without `keep`, z is nothing of use."""
+
+    def defined(z: torch.Tensor, scale: float, softcap: float | None, temperature: float, keep: bool):
+        logit_map = LogitMap(scale, softcap, temperature)
+        y = logit_map(z.float())
+        top, slope = y.amax(1, True), logit_map.slope(y)
+        e = (y - top).exp()
+        z.copy_(e * slope if isinstance(slope, torch.Tensor) else e) if keep else z.fill_(torch.nan)
+        return top, e.sum(1, True)
+
+    monkeypatch.setattr(head, "fused_pass", lambda dtype, device: defined)
+    for logit_map in MAPS:
+        check_head(logit_map)

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -243,6 +244,8 @@ def _take(x: Tensor, rows: Rows) -> Tensor:
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn  # torch's own name for it is young
 
+    grouped = q.shape[1] != k.shape[1] and _asks_for_groups(varlen_attn)
+    options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
     found: Any = varlen_attn(
         _rows_whole(q),
         _rows_whole(k),
@@ -254,9 +257,15 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) ->
         return_aux=AuxRequest(lse=True),
         scale=scale,
         window_size=call.sides,
-        enable_gqa=q.shape[1] != k.shape[1],
+        **options,
     )
     return found
+
+
+@cache
+def _asks_for_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether fewer key heads than query heads have to be allowed: torch 2.11 hands them to the kernel unasked."""
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _flash_backward(

@@ -54,6 +54,9 @@ class WithEntropy:
         return self.objective(logprobs, entries)
 
 
+Fused = Callable[[Tensor, float, float | None, float, bool], tuple[Tensor, Tensor]]
+"""(z [n, v], scale, softcap, temperature, keep) -> top, mass [n, 1]: see `maths.kernels.Kernels.overwrite_exp`."""
+
 LOGITS_BYTES = 256 * 2**20  # of one chunk, where `rows` does not say
 FEWEST_ROWS = 64  # a narrower product is bound by reading the weight
 _TILE = {"cpu": 2**21}  # numbers worked on at once: 8 MB stay in cache between the elementwise passes
@@ -311,6 +314,19 @@ def _parts(rows: slice, limit: int) -> list[slice]:
 # ---- what is done to a chunk ----------------------------------------------------------------------------------------
 
 
+def fused_pass(dtype: torch.dtype, device: torch.device) -> Fused | None:
+    """The one kernel that passes over a chunk of logits of this dtype on this device, or None: torch's operations do.
+
+    Asked and checked against torch when first needed; see `maths.kernels` and `maths.tiles_cuda`.
+    """
+    if device.type == "cuda":
+        from burnish.maths import tiles_cuda  # here: it imports Triton
+
+        return tiles_cuda.overwrite_exp if tiles_cuda.why_not(dtype, device) is None else None
+    kernels = kernels_for(dtype, device.type)
+    return None if kernels is None else kernels.overwrite_exp
+
+
 @dataclass
 class _Rows:
     """Some rows of a chunk. logprob [n], entropy [n] where asked for, and the buffer of logits [n, v], which holds
@@ -347,8 +363,8 @@ class _Pass:
         self.tile = _TILE.get(self.weight.device.type, _TILE_ELSEWHERE)
         self.lines = max(1, self.tile // max(1, vocabulary))
         self.logits = self.weight.new_empty(rows, vocabulary)
-        self.kernels = kernels_for(self.weight.dtype, self.weight.device.type)
-        lines = min(self.lines, rows) if self.narrow and self.kernels is None else 0
+        self.fused = fused_pass(self.weight.dtype, self.weight.device)
+        lines = min(self.lines, rows) if self.narrow and self.fused is None else 0
         self.scratch = self.logits.new_empty(lines, vocabulary, dtype=self.wide)
 
     def run(
@@ -419,9 +435,9 @@ class _Pass:
         if self.entropic:  # the logits stay: their gradient waits for the objective's two derivatives
             top, mass, entropy = measured(z, self.logit_map, self.wide, self.lines)
             return _Rows(z, (at_label - top - mass.log())[:, 0], mass, top, entropy)
-        if self.kernels is not None:
+        if self.fused is not None:
             m = self.logit_map
-            top, mass = self.kernels.overwrite_exp(z, m.scale, m.softcap, m.temperature, keep)
+            top, mass = self.fused(z, m.scale, m.softcap, m.temperature, keep)
         else:
             top, mass = self._overwrite_exp(z, keep, torch.empty_like(at_label), torch.empty_like(at_label))
         logprobs = (at_label - top - mass.log())[:, 0]
@@ -505,8 +521,10 @@ class _Formed(torch.autograd.Function):
         if deferred is not None:
             z, hidden = deferred
             add_product(sink, z, hidden * g.to(hidden.dtype), False, _TILE.get(z.device.type, _TILE_ELSEWHERE))
-        elif formed is not None:
+        elif formed is not None and g.device.type == "cpu":
             sink.add_(formed if g.item() == 1.0 else formed * g)
+        elif formed is not None:
+            sink.addcmul_(formed, g)  # to read g would be to wait for everything before it
         nothing = (None,) * 4
         # The common factor 1 hands the buffers over, so that autograd keeps them as `.grad` without a copy; once only,
         # because a retained graph may come back for them (and torch itself objects if they were changed in between).

@@ -6,8 +6,9 @@ A row is read once for `top` and `mass` together (each lane keeps a running maxi
 lanes are reduced at the end) and once more to be overwritten: 2 reads and 1 write of z, where torch's own operations
 take about 10. Everything between load and store is float32.
 
-Not yet run on a GPU: the kernel is tested under Triton's interpreter, and compiles for sm_90. Imported by whoever holds
-a CUDA tensor, and by nobody else.
+`maths.head` uses it for CUDA tensors where Triton is there and the kernel agrees with torch at first use. Not yet run on a
+GPU: the kernel is tested under Triton's interpreter, and compiles for sm_90. Imported by whoever holds a CUDA tensor, and
+by nobody else.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownParameterType=false, reportMissingParameterType=false
@@ -56,7 +57,8 @@ def overwrite_exp(
     top = torch.empty(len(z), 1, dtype=torch.float32, device=z.device)
     mass = torch.empty_like(top)
     if len(z):
-        with torch.cuda.device_of(z):
+        block = min(BLOCK, triton.next_power_of_2(z.shape[1]))
+        with torch.cuda.device_of(z):  # Triton launches on the current device
             _row[(len(z),)](
                 z,
                 top,
@@ -68,8 +70,8 @@ def overwrite_exp(
                 VOCABULARY=z.shape[1],
                 KEEP=keep,
                 CAPPED=softcap is not None,
-                BLOCK=min(BLOCK, triton.next_power_of_2(z.shape[1])),
-                num_warps=16,
+                BLOCK=block,
+                num_warps=min(16, max(1, block // 512)),
             )
     return top, mass
 
@@ -80,7 +82,7 @@ def _disagreement(dtype: torch.dtype, device: str) -> str | None:
     generator = torch.Generator().manual_seed(0)
     given = (4 * torch.randn(5, 3 * BLOCK // 2, generator=generator)).to(dtype)
     for cap in (None, 3.0):
-        z = given.to(device)
+        z = given.to(device, copy=True)
         x = 0.5 * z.float()
         y = (x if cap is None else cap * torch.tanh(x / cap)) / 0.7
         try:

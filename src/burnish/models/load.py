@@ -141,6 +141,12 @@ def choose_device(wanted: str | torch.device = "auto") -> dict[str, Any]:
     return {"value": name, "why": "as asked", "measured": {}}
 
 
+def free_cuda_bytes(device: torch.device) -> int:
+    """What can still be allocated on a GPU: what the driver has free, and what torch keeps without using it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def choose_dtype(hidden: int, intermediate: int, device: torch.device) -> dict[str, Any]:
     """Measure this machine's GEMM in both dtypes at the model's own width; bf16 must win by a quarter to be worth its rounding.
 

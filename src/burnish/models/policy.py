@@ -86,6 +86,12 @@ class Policy(nn.Module):
             else:
                 how = f"rows are padded and prefixes are not shared: {self.why_not_shared}"
             self.decisions["attention"] = {"value": "forest" if self.why_not_shared is None else "padded", "why": how, "measured": {}}
+            if self.device.type == "cuda":
+                from burnish.maths import tiles_cuda  # here: it imports Triton
+
+                slow = tiles_cuda.why_not(self.dtype, self.device)
+                how = slow or "one kernel passes over a chunk of logits; it agrees with torch's operations"
+                self.decisions["head"] = {"value": "triton" if slow is None else "torch", "why": how, "measured": {}}
             if self.router is not None:
                 how = "the model's configuration says output_router_logits and gives router_aux_loss_coef"
                 self.decisions["router_loss"] = {"value": self.router.coefficient, "why": how, "measured": {}}

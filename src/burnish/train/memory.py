@@ -17,6 +17,7 @@ from burnish.core.errors import MachineError
 from burnish.core.machine import free_host_bytes, resident_bytes, return_freed_memory
 from burnish.forest.pack import Micro
 from burnish.forest.stream import Tree
+from burnish.models.load import free_cuda_bytes
 from burnish.models.policy import Policy
 from burnish.models.recompute import Checkpointing
 from burnish.train.activations import FEWEST_HEAD_ROWS, Activations, Run, ceiling, measure
@@ -78,10 +79,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated on the device of the weights."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_host_bytes()
+    return free_cuda_bytes(device) if device.type == "cuda" else free_host_bytes()
 
 
 def used_bytes(device: torch.device) -> int:

@@ -82,6 +82,7 @@ class Arena:
         self.slots: dict[int, Pair] = {}
         self.rows = 0
         self.size = 0
+        self.remade = 0  # how often slots have moved: what points at them is good for one number
 
     def allocate(self, length: int) -> int:
         """Room for one node's tokens."""
@@ -121,6 +122,7 @@ class Arena:
         if size > self.size:
             size = -(-max(size, 2 * self.size if running else 0) // KEYS_STEP) * KEYS_STEP
         rows, size = max(rows, running), max(size, self.size)
+        self.remade += 1
         for layer, pair in self.slots.items():
             new = []
             for x in pair:
@@ -149,3 +151,4 @@ class Arena:
         """Give all memory of the slots back; rows are not running between two calls."""
         self.slots.clear()
         self.rows = self.size = 0
+        self.remade += 1

@@ -18,6 +18,7 @@ from burnish.core.ledger import forward_flops
 from burnish.core.records import ModelShape, Sampling, Spend, Trajectory
 from burnish.engines.base import Node, StaleNodeError, check_rows, check_sampling
 from burnish.engines.local.arena import Arena, LocalNode
+from burnish.engines.local.graphs import DecodeGraphs
 from burnish.engines.local.lean import Weights
 from burnish.engines.local.plans import Prefill
 from burnish.engines.local.rollout import Rollout
@@ -25,7 +26,22 @@ from burnish.forest.attention import Forest
 from burnish.forest.pack import Batch, Micro
 from burnish.forest.stream import Tree, Unit
 from burnish.maths.head import head_flops, head_logprobs
+from burnish.models.load import free_cuda_bytes
 from burnish.models.policy import Policy
+
+KV_BYTES = 2**31
+KV_SHARE = 0.5  # of a GPU's free memory: what training will add (moments, activations) is not there yet
+
+
+def kv_bytes_of(policy: Policy) -> int:
+    """Memory for keys and values where nobody says how much: on a GPU a share of what is free, kept as a decision."""
+    if policy.device.type != "cuda":
+        return KV_BYTES
+    free = free_cuda_bytes(policy.device)
+    value = max(1, int(KV_SHARE * free))
+    why = f"{KV_SHARE:.0%} of the {free / 1e9:.1f} GB that are free on the device"
+    policy.decisions["kv_bytes"] = {"value": value, "why": why, "measured": {"free_bytes": free}}
+    return value
 
 
 class LocalEngine:
@@ -34,6 +50,7 @@ class LocalEngine:
     rows            most rows decoded at once
     kv_bytes        memory for keys and values: half for nodes (the oldest unused are dropped, and read again when
                     needed), half for rows (fewer run at once when they are long). One node or row is never refused.
+                    None: 2 GiB, on a GPU half of what is free there now
     prefill_tokens  most tokens of one prefill or scoring pass
     end_ids         tokens that end a row besides the policy's own: what the chat template ends a turn with
     poll            called before every decode step; what it raises stops the call and leaves the engine usable
@@ -47,7 +64,7 @@ class LocalEngine:
         policy: Policy,
         *,
         rows: int = 512,
-        kv_bytes: int = 2**31,
+        kv_bytes: int | None = None,
         prefill_tokens: int = 4096,
         end_ids: Sequence[int] = (),
         poll: Callable[[], None] | None = None,
@@ -58,6 +75,7 @@ class LocalEngine:
                 where=type(policy.model).__name__,
                 remedy="sample from it through a server (an OpenAI-compatible endpoint)",
             )
+        kv_bytes = kv_bytes_of(policy) if kv_bytes is None else kv_bytes
         for name, value in (("rows", rows), ("kv_bytes", kv_bytes), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ConfigError(f"{value} given, wanted at least 1", where=f"engine.{name}")
@@ -73,6 +91,7 @@ class LocalEngine:
         self._computed: dict[LocalNode, None] = {}  # oldest first
         self._made = 0
         self._weights = Weights(policy)
+        self.graphs = DecodeGraphs(self) if policy.device.type == "cuda" else None
 
     @property
     def weights_version(self) -> str:
@@ -215,7 +234,11 @@ class LocalEngine:
         if not nodes:
             return []
         rollout = Rollout(self, cast("Sequence[LocalNode]", nodes), sampling, keys)
-        rollout.run()
+        try:
+            rollout.run()
+        except BaseException:
+            self.arena.release()  # numbers that are not finite must not lie in a slot that is used again
+            raise
         made = rollout.trajectories()
         drawn = sum(t.cost.sampled_tokens for t in made)
         self.spend += Spend(sampled_tokens=drawn, useful_flops=rollout.useful, executed_flops=rollout.launched)

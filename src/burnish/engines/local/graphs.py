@@ -1,15 +1,16 @@
 """Decode steps as CUDA graphs: captured once a shape, replayed with one launch.
 
-A step is any function of tensors whose rows are running rows: token, position, length, noise in; token, log-prob out. It
-may write into the arena, and it may do nothing that depends on values: no host read, no shape from data. Its inputs are
-copied into static tensors of the next larger row count, the graph of that count is replayed, and its outputs are handed
-back cut to the rows asked for. What else the graph's addresses and shapes depend on (the arena's tensors, the span of
-keys, the sampling settings) is the caller's `key`: one that was not seen before is captured, one that names memory that
-is gone is `forget`-ten.
+A step is any function of tensors whose rows are running rows. It may write into the arena, and it may do nothing that
+depends on values: no host read, no shape from data. Its inputs are copied into static tensors of the next larger row
+count, the graph of that count is replayed, and its outputs are handed back cut to the rows asked for. Rows past those
+asked for are dummies: they repeat the last row's inputs except where `blank` says what to give them, so that they write
+where nobody reads.
 
-Rows past those asked for are dummies: they repeat the last row's inputs except where `blank` says what to give them, so
-that they write where nobody reads. Noise is a counter hash, so a graph holds no generator's state. Not yet run on a GPU:
-the bookkeeping is tested on a CPU with a capture that calls the step again.
+What the engine captures (`DecodeGraphs`) is the body: it is where the launches are. The head is one product, and while the
+device works through the body the host sends off the head and the draw, whose rows are samples and not rows of the body.
+Not captured: rows that share nodes, whose members change (plans.trunk_of keeps them rare on a GPU).
+
+Not yet run on a GPU: what is done is tested on a CPU with a capture that calls the step again.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.core.records import Sampling
 from burnish.engines.local.arena import KEYS_STEP
+from burnish.engines.local.crossing import upload
 from burnish.engines.local.plans import Decode
-from burnish.engines.local.sampling import draw
 
 if TYPE_CHECKING:
     from burnish.engines.local.engine import LocalEngine
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 WARM_UPS = 2  # the first call of a kernel may allocate, compile or choose: none of that is allowed in a capture
+PATIENCE = 4  # eager steps of a shape before it is captured: about what a capture costs, so that none costs twice its worth
 
 Step = Callable[..., tuple[Tensor, ...]]
 """step(**inputs [b, ...]) -> outputs [b, ...]"""
@@ -41,29 +42,27 @@ Capture = Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Callable[[], None],
 
 
 def bucket(rows: int, most: int = ROWS[-1]) -> int | None:
-    """The least captured row count that holds `rows` and is at most `most`; None: run eagerly."""
-    at = bisect_left(ROWS, rows)
-    return ROWS[at] if rows > 0 and at < len(ROWS) and ROWS[at] <= most else None
+    """The least row count that is captured and holds `rows`, `most` among them; None, run eagerly: none does."""
+    if not 0 < rows <= min(most, ROWS[-1]):
+        return None
+    return min(ROWS[bisect_left(ROWS, rows)], most)
 
 
-def capturable(sampling: Sampling) -> bool:
-    """Whether drawing is free of values: top-p looks at the mass it has gathered so far to know whether to go on."""
-    return sampling.top_p >= 1.0
-
-
-def cuda_capture(pool: Any) -> Capture:
-    """Capture on the current device, with memory from `pool` (`torch.cuda.graph_pool_handle()`)."""
+def cuda_capture(device: torch.device) -> Capture:
+    """Capture on `device`, into one pool of memory for all that this one captures: they are replayed one after another."""
+    pool: Any = torch.cuda.graph_pool_handle()
+    side = torch.cuda.Stream(device)
 
     def capture(work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            made = work()
+        with torch.cuda.device(device):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                made = work()
         return graph.replay, made
 
     return capture
@@ -79,39 +78,39 @@ class _Captured:
 class Graphs:
     """Captured steps by (key, rows). `limit`: the most kept; the one replayed longest ago goes first.
 
-    A step that cannot be captured (it reads a value, or calls a library that does) runs eagerly from then on, and
-    `refused` says why, by key.
+    A key names everything but the inputs that a graph's addresses and shapes depend on: one key, one step. One that cannot
+    be captured (it reads a value, or calls a library that does) runs as it is from then on, and `refused` says why.
 
     A warm-up runs the step before it is captured, and the capture itself runs nothing: a step that is captured has been
     run WARM_UPS times on the same inputs when its replay runs it again. It must come to the same (decode writes the same
     key to the same place).
     """
 
-    def __init__(self, step: Step, capture: Capture | None = None, limit: int = 64) -> None:
-        self.step, self.limit = step, limit
+    def __init__(self, capture: Capture, limit: int = 64) -> None:
+        self.limit = limit
         self._capture = capture
         self._kept: dict[tuple[Hashable, int], _Captured] = {}
         self.refused: dict[Hashable, str] = {}
-        self.captures = self.replays = self.eager = 0
+        self.captures = self.replays = 0
 
     def __call__(
         self,
-        key: Hashable | None,
+        key: Hashable,
+        step: Step,
         inputs: Mapping[str, Tensor],
         *,
         most: int = ROWS[-1],
         blank: Mapping[str, Callable[[Tensor, int], None]] | None = None,
     ) -> tuple[Tensor, ...]:
-        """The step's outputs for inputs [n, ...]: eagerly where key is None or no bucket within `most` rows holds n.
+        """The step's outputs for inputs [n, ...], by a graph of `bucket(n, most)` rows; as it is where there is none.
 
         blank[name](tensor [b, ...], n) fills the dummy rows n.. of an input. The outputs are views of static memory: the
         next call with this key overwrites them.
         """
         rows = len(next(iter(inputs.values())))
-        size = None if key is None or key in self.refused else bucket(rows, most)
+        size = None if key in self.refused else bucket(rows, most)
         if size is None:
-            self.eager += 1
-            return self.step(**inputs)
+            return step(**inputs)
         name = key, size
         held = self._kept.pop(name, None)
         static = {k: x.new_empty(size, *x.shape[1:]) for k, x in inputs.items()} if held is None else held.inputs
@@ -124,13 +123,11 @@ class Graphs:
                 else:
                     y[rows:] = x[-1:]
         if held is None:
-            self._capture = self._capture or cuda_capture(torch.cuda.graph_pool_handle())
             try:
-                held = _Captured(static, *self._capture(lambda: self.step(**static)))
+                held = _Captured(static, *self._capture(lambda: step(**static)))
             except RuntimeError as error:
-                self.refused[key] = str(error).splitlines()[0]
-                self.eager += 1
-                return self.step(**inputs)
+                self.refused[key] = (str(error).splitlines() or [type(error).__name__])[0]
+                return step(**inputs)
             self.captures += 1
         self._kept[name] = held  # last in, and so last to go
         while len(self._kept) > self.limit:
@@ -138,11 +135,6 @@ class Graphs:
         held.replay()
         self.replays += 1
         return tuple(x[:rows] for x in held.outputs)
-
-    def forget(self, key: Hashable | None = None) -> None:
-        """Drop the graphs of `key` (None: all), because the memory they point at is gone."""
-        for name in [n for n in self._kept if key is None or n[0] == key]:
-            del self._kept[name]
 
 
 # ---- the step of rows that share nothing ------------------------------------------------------------------------------
@@ -166,33 +158,28 @@ class StaticDecode(Decode):
 
 
 def span_of(longest: int) -> int:
-    """The keys a step must attend to where the longest slot holds `longest` before it: doubled, so that few are captured."""
-    span = KEYS_STEP
-    while span <= longest:
-        span *= 2
-    return span
+    """The keys a step attends to where the longest slot holds `longest` before it: doubled up to 256, so that few are
+    captured, then by quarters of the next power of two, so that few are read in vain."""
+    power = max(KEYS_STEP, 1 << longest.bit_length())
+    step = power if power <= 256 else power // 4
+    return (longest // step + 1) * step
 
 
-def decode_step(engine: LocalEngine, sampling: Sampling, span: int) -> Step:
-    """Body, head and draw of one token a row as a `Step`: (token, position, length, noise) -> (token, log-prob).
+def body_step(engine: LocalEngine, plan: StaticDecode, span: int) -> Step:
+    """The body of one token a row as a `Step`: (token, length) -> (hidden [n, H],), with `plan` in hand afterwards.
 
-    Inputs are as `Rollout` keeps them, for rows of one sample each that share no node: the token in hand, where it
-    stands, the keys its slot holds, the sample's noise. The arena
-    must have slots of at least `span` keys, and rows for a whole bucket. One step serves one arena at one size and one
-    version of the weights: both are other tensors afterwards, so make another and `forget` this one's graphs.
+    For rows that share no node: the token in hand stands at position `length`, which is what its slot holds. Slots must
+    have `span` keys. A step serves one arena at one size and one version of the weights: both are other tensors after.
     """
-    policy, weights = engine.policy, engine.weights
-    plan = StaticDecode(engine.arena, policy.device)
-    lean = weights.lean
+    weights = engine.weights
     tables: list[Any] = []  # kept alive: a graph reads the ones it was captured with, also when longer ones are made
-    for rotation in lean.rotations if lean is not None else ():
-        rotation.at(torch.zeros(1, dtype=torch.int64, device=policy.device), span - 1)
+    for rotation in weights.lean.rotations if weights.lean is not None else ():
+        rotation.at(torch.zeros(1, dtype=torch.int64, device=plan.device), span - 1)
         tables += [rotation.cos, rotation.sin]
 
-    def step(token: Tensor, position: Tensor, length: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    def step(token: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         plan.begin_static(length, span)
-        hidden = weights.body(token, position, plan)
-        return draw(weights.head(hidden), sampling, noise, position + 1, policy.logit_map)
+        return (weights.body(token, length, plan),)
 
     step.tables = tables  # type: ignore[attr-defined]
     return step
@@ -201,3 +188,69 @@ def decode_step(engine: LocalEngine, sampling: Sampling, span: int) -> Step:
 def no_keys(length: Tensor, rows: int) -> None:
     """The `blank` of dummy rows' lengths: they write to the head of slots that nobody runs in."""
     length[rows:] = 0
+
+
+# ---- what the engine asks ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """hidden [n, H], until the next step; attention FLOPs of one row; rows launched, dummies among them."""
+
+    hidden: Tensor
+    attention: int
+    rows: int
+
+
+class DecodeGraphs:
+    """The bodies of an engine's decode steps as graphs. `policy.decisions["graphs"]` says whether, or why not.
+
+    new_capture  makes what captures; asked again whenever the arena or the weights have moved and all graphs are dropped
+                 (a pool of memory does not outlive the last graph in it)
+    patience     eager steps of a shape before it is captured
+    """
+
+    def __init__(self, engine: LocalEngine, new_capture: Callable[[], Capture] | None = None, patience: int = PATIENCE) -> None:
+        self.engine, self.patience = engine, patience
+        self._new_capture = new_capture or (lambda: cuda_capture(engine.policy.device))
+        self._plan = StaticDecode(engine.arena, engine.policy.device)
+        self._serves: tuple[int, int] | None = None  # the arena's and the weights' version
+        self._graphs: Graphs | None = None
+        self._steps: dict[int, tuple[Step, int]] = {}  # and the attention FLOPs of one row, by span
+        self._asked: dict[tuple[int, int], int] = {}
+        self._decide("captured", f"a decode step is one launch from its {patience + 1}th time on")
+
+    def _decide(self, value: str, why: str) -> None:
+        self.on = value == "captured"
+        self.engine.policy.decisions["graphs"] = {"value": value, "why": why, "measured": {}}
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        self._graphs = self._serves = None
+        self._steps.clear()
+        self._asked.clear()
+
+    def __call__(self, token: Tensor, length: np.ndarray) -> Replayed | None:
+        """The body of rows 0..n-1, which share no node: token [n] in hand, length [n] keys in their slots. None: eagerly."""
+        arena, serves = self.engine.arena, (self.engine.arena.remade, self.engine.weights.version)
+        size = bucket(len(length), arena.rows)
+        if not self.on or size is None:
+            return None
+        if self._serves != serves:
+            self.forget()
+            self._serves = serves
+        span = min(span_of(int(length.max())), arena.size)
+        self._asked[span, size] = self._asked.get((span, size), 0) + 1
+        if self._asked[span, size] <= self.patience:
+            return None
+        self._graphs = self._graphs or Graphs(self._new_capture())
+        step, attention = self._steps.get(span) or (body_step(self.engine, self._plan, span), 0)
+        inputs = {"token": token, "length": upload(length.copy(), token.device)}
+        (hidden,) = self._graphs(span, step, inputs, most=arena.rows, blank={"length": no_keys})
+        attention = attention or int(self._plan.flops_of[0])  # the step's Python ran just now: it was captured
+        self._steps[span] = step, attention
+        if self._graphs.refused:  # it ran as it is; what one span cannot no other will
+            self._decide("eager", f"a decode step cannot be captured: {self._graphs.refused[span]}")
+            self.forget()
+            size = len(length)
+        return Replayed(hidden, attention, size)

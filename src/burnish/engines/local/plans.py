@@ -5,7 +5,9 @@ below it against one copy. The rest, its *own* path, is gathered per row (prefil
 so that thousands of short prefixes cost one batched product instead of a loop. The parts merge by log-sum-exp, exactly.
 
 A block costs launches, a gathered or slotted prefix memory traffic once per row: a node is shared where the copies would
-move at least SHARED_BYTES a layer (measured on two Zen 5 cores, 16 to 64 rows a prefix: they break even at 1 to 3 MB).
+move at least SHARED_BYTES a layer (measured on two Zen 5 cores, 16 to 64 rows a prefix: they break even at 1 to 3 MB), on
+a GPU SHARED_BYTES_CUDA (reckoned, not measured: a block is some twenty launches, 100 us, in which 2 to 3 x 10^8 bytes are
+read, and a step with shared nodes is not captured; half of that, because copies also take memory).
 
 Legend: T tokens of a stream, n running rows, m rows of a block; H query heads, Hk key-value heads, D key width, Dv value
 width; positions are absolute in the sequence.
@@ -24,20 +26,24 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from burnish.engines.base import Node
 from burnish.engines.local.arena import KEYS_STEP, Arena
+from burnish.engines.local.crossing import upload
 from burnish.forest.blocks import attend_block, merge
 from burnish.maths.kernels import Kernels
 
 SHARED_BYTES = 2**20
+SHARED_BYTES_CUDA = 2**27
 
 
-def trunk_of(chain: Sequence[Node], rows: Mapping[Node, int], bytes_per_token: int, spared: int = 0) -> int:
+def trunk_of(
+    chain: Sequence[Node], rows: Mapping[Node, int], bytes_per_token: int, device: torch.device, spared: int = 0
+) -> int:
     """How many nodes at the head of `chain` are worth sharing: down to the deepest whose copies would be large.
 
     rows: how many rows stand below a node; spared: copies that are made anyway.
     """
-    worth = 0
+    worth, least = 0, SHARED_BYTES_CUDA if device.type == "cuda" else SHARED_BYTES
     for depth, node in enumerate(chain, 1):
-        if (rows[node] - spared) * len(node.ids) * bytes_per_token >= SHARED_BYTES:
+        if (rows[node] - spared) * len(node.ids) * bytes_per_token >= least:
             worth = depth
     return worth
 
@@ -82,7 +88,7 @@ class Shared:
             mask = None
             if int(self.position.max()) - window >= self.node.start + skip:
                 place = np.arange(self.node.start + skip, self.node.end)
-                mask = torch.from_numpy(self.position[:, None] - place < window).to(device).repeat(groups, 1)
+                mask = upload(self.position[:, None] - place < window, device).repeat(groups, 1)
             self._seen[name] = skip, mask
         return self._seen[name]
 
@@ -161,10 +167,11 @@ class Prefill:
         self._masks: dict[tuple[int, int | None, bool], Tensor | str] = {}
         lengths = np.array([len(node.ids) for node in nodes])
         self._first = np.concatenate([[0], np.cumsum(lengths)])
-        self.position = torch.from_numpy(np.concatenate([np.arange(n.start, n.end) for n in nodes])).to(device)
-        self.tokens = torch.from_numpy(np.fromiter((t for n in nodes for t in n.ids), np.int64)).to(device)
-        self.at = torch.from_numpy(np.concatenate([np.arange(at[n], at[n] + len(n.ids)) for n in nodes])).to(device)
-        self.last = torch.from_numpy(self._first[1:] - 1).to(device)
+        self.position = upload(np.concatenate([np.arange(n.start, n.end) for n in nodes]), device)
+        self.furthest = max(n.end for n in nodes) - 1  # the last position, which the body would have to read off the device
+        self.tokens = upload(np.fromiter((t for n in nodes for t in n.ids), np.int64), device)
+        self.at = upload(np.concatenate([np.arange(at[n], at[n] + len(n.ids)) for n in nodes]), device)
+        self.last = upload(self._first[1:] - 1, device)
 
         below: dict[Node, int] = defaultdict(int)
         for node in nodes:
@@ -174,7 +181,7 @@ class Prefill:
         under: dict[Node, list[int]] = defaultdict(list)
         for i, node in enumerate(nodes):
             chain = node.chain
-            depth = trunk_of(chain[:-1], below, bytes_per_token)
+            depth = trunk_of(chain[:-1], below, bytes_per_token, device)
             own.append(np.concatenate([np.arange(at[x], at[x] + len(x.ids)) for x in chain[depth:]]))
             for above in chain[:depth]:
                 under[above].append(i)
@@ -183,7 +190,7 @@ class Prefill:
         for above, members in under.items():
             rows = np.concatenate([np.arange(self._first[i], self._first[i + 1]) for i in members])
             position = np.concatenate([np.arange(nodes[i].start, nodes[i].end) for i in members])
-            self._shared.append(Shared(at[above], above, rows, torch.from_numpy(rows).to(device), position))
+            self._shared.append(Shared(at[above], above, rows, upload(rows, device), position))
         self._owner = np.repeat(np.arange(len(nodes)), lengths)
 
     def _bucket(self, members: list[int], lengths: np.ndarray, own: Sequence[np.ndarray]) -> _Bucket:
@@ -195,7 +202,7 @@ class Prefill:
         ahead = np.array([len(own[i]) - lengths[i] for i in members])
         columns = (rows, path, rows.reshape(-1)[valid], valid, ahead)
         return _Bucket(
-            np.array(members), *(torch.from_numpy(x).to(self.device) for x in columns), causal=not ahead.any()
+            np.array(members), *(upload(x, self.device) for x in columns), causal=not ahead.any()
         )
 
     @property
@@ -276,8 +283,9 @@ class Decode:
         self.span = -(-(int(length.max()) + 1) // KEYS_STEP) * KEYS_STEP
         self.shared = shared
         self.flops_of = np.zeros(self.n, np.int64)
+        self.furthest = int(position.max())  # see Prefill
         self._shortest = int(length.min())
-        self._length = torch.from_numpy(length).to(self.device)
+        self._length = upload(length, self.device)
         self._rows = torch.arange(self.n, device=self.device)
         self._seen: dict[int | None, tuple[int, Tensor]] = {}
         self._bias: dict[tuple[int | None, int, int], Tensor] = {}

@@ -26,6 +26,7 @@ from burnish.core.ledger import attended, decode_flops
 from burnish.core.records import Finish, Sampling, Span, Spend, Trajectory
 from burnish.engines.base import Node, cut
 from burnish.engines.local.arena import KEYS_STEP, LocalNode, place_of
+from burnish.engines.local.crossing import download, upload
 from burnish.engines.local.plans import Decode, Shared, trunk_of
 from burnish.engines.local.sampling import draw, row_keys
 
@@ -51,22 +52,23 @@ class Rollout:
         self.weights = engine.weights
         place = {node: i for i, node in enumerate(dict.fromkeys(nodes))}
         self.queue = deque(sorted(range(len(nodes)), key=lambda i: place[nodes[i]]))  # samples of one node side by side
-        self.ends = torch.zeros(engine.shape.vocabulary, dtype=torch.bool, device=self.device)
+        self.ends = np.zeros(engine.shape.vocabulary, bool)
         self.ends[[i for i in engine.end_ids if 0 <= i < engine.shape.vocabulary]] = True
 
         below: dict[Node, int] = {}
         for node in nodes:
             for above in node.chain:
                 below[above] = min(below.get(above, 0) + 1, engine.rows)
-        depth = {node: trunk_of(node.chain, below, engine.bytes_per_token, spared=1) for node in place}
+        depth = {node: trunk_of(node.chain, below, engine.bytes_per_token, self.device, spared=1) for node in place}
         self.trunk = {node: cast("list[LocalNode]", node.chain[:d]) for node, d in depth.items()}
         self.own = {node: cast("list[LocalNode]", node.chain[d:]) for node, d in depth.items()}
         longest = max(sum(len(x.ids) for x in own) for own in self.own.values())
         # slots begin with room for a short answer and double: most rows end long before their limit
-        self.arena.release()
         size = -(-(longest + min(sampling.max_new_tokens, 64)) // KEYS_STEP) * KEYS_STEP
         # every member may come to need a slot of its own
         self.capacity = max(1, min(len(nodes), MEMBERS_PER_ROW * engine.rows, engine.tokens_held // size))
+        if engine.graphs is None or self.capacity > self.arena.rows or size > self.arena.size:
+            self.arena.release()  # graphs point at slots, and are kept from call to call where these serve
         self.arena.reserve(self.capacity, size)
 
         self.n = 0
@@ -80,7 +82,7 @@ class Rollout:
         self.noise = row_keys(sampling.seed, keys)
         self.plan = Decode(self.arena, self.device)
         self.shared: list[tuple[LocalNode, np.ndarray]] | None = None
-        self.log: list[tuple[np.ndarray, Tensor, Tensor]] = []
+        self.log: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.finish = np.full(len(nodes), -1, np.int64)
         self.attention = np.zeros(len(nodes), np.int64)
         self.launched = self.useful = 0  # FLOPs of this call
@@ -94,9 +96,8 @@ class Rollout:
             if self.engine.poll is not None:
                 self.engine.poll()
             n = self.n
-            self.plan.begin(self.length[:n], self.position[:n], self._shared())
-            hidden = self.weights.body(self.token[:n], self._there(self.position[:n]), self.plan)
-            self._count(n, self.plan.flops_of)
+            hidden, attention, launched = self._body(n)
+            self._count(n, attention, launched)
             self.length[:n] += 1
             self.position[:n] += 1
             token, stays = self._draw(hidden, self.live, self.slot, self.position[self.slot], self.limit[self.slot])
@@ -104,18 +105,28 @@ class Rollout:
             if self.n and int(self.length[: self.n].max()) >= self.arena.size:
                 self._widen()
 
-    def _count(self, n: int, attention: np.ndarray) -> None:
+    def _body(self, n: int) -> tuple[Tensor, np.ndarray, int]:
+        """(hidden [n, H] of the running rows, attention FLOPs [n] of each, rows launched), by a graph where there is one."""
+        graphs, shared = self.engine.graphs, self._shared()
+        made = None if graphs is None or shared else graphs(self.token[:n], self.length[:n])
+        if made is not None:
+            return made.hidden, np.full(n, made.attention), made.rows
+        self.plan.begin(self.length[:n], self.position[:n], shared)
+        return self.weights.body(self.token[:n], self._there(self.position[:n]), self.plan), self.plan.flops_of, n
+
+    def _count(self, n: int, attention: np.ndarray, launched: int) -> None:
         """One step of n rows: each member is charged its row's attention, the call what was launched once."""
         self.attention[self.live] += attention[self.slot]
         shape = self.engine.shape
-        self.launched += 2 * (shape.body_parameters + shape.adapter_parameters) * n + int(attention.sum())
+        self.launched += 2 * (shape.body_parameters + shape.adapter_parameters) * launched + int(attention.sum())
+        self.launched += (launched - n) * int(attention[0])  # rows that fill a graph up
         seen = self.position[:n] + 1
         keys = {window: int(seen.sum() if window is None else np.minimum(seen, window).sum()) for window in set(shape.windows)}
         self.useful += decode_flops(shape, n, keys) - 2 * shape.vocabulary * shape.hidden * n  # the head is counted where it draws
 
     def _there(self, x: np.ndarray) -> Tensor:
         # a copy: on the CPU from_numpy would share memory with bookkeeping that moves on
-        return torch.tensor(x, device=self.device)
+        return upload(x, self.device) if self.device.type == "cuda" else torch.tensor(x, device=self.device)
 
     # ---- rows come, split and go
 
@@ -266,14 +277,13 @@ class Rollout:
             own = slice(*np.searchsorted(row, [a, a + step]).tolist())
             head = self.weights.head(hidden[a : a + step])
             parts.append(draw(head, self.sampling, key[own], where[own], self.policy.logit_map, rows[own] - a))
-        token, logprob = torch.cat([t for t, _ in parts]), torch.cat([x for _, x in parts])
-        stopped = self.ends[token].cpu().numpy()
-        if not bool(torch.isfinite(logprob).all()):
+        drawn, logprob = download(torch.cat([t for t, _ in parts]), torch.cat([x for _, x in parts]))
+        stopped = self.ends[drawn]
+        if not np.isfinite(logprob).all():
             raise DivergedError(
                 "the model's logits are not finite", where="sample", remedy="these weights cannot be sampled from"
             )
-        self.log.append((requests, token, logprob))
-        drawn = token.cpu().numpy()
+        self.log.append((requests, drawn, logprob))
         code = np.where(stopped, STOP, np.where(position + 1 >= limit, LENGTH, -1))
         if self.sampling.stop:
             for i, (r, t) in enumerate(zip(requests.tolist(), drawn.tolist())):
@@ -292,8 +302,8 @@ class Rollout:
         """In the order of the requests."""
         request = np.concatenate([r for r, _, _ in self.log])
         order = np.argsort(request, kind="stable")
-        token = torch.cat([t for _, t, _ in self.log]).cpu().numpy()[order]
-        logprob = torch.cat([x for _, _, x in self.log]).float().cpu().numpy()[order]
+        token = np.concatenate([t for _, t, _ in self.log])[order]
+        logprob = np.concatenate([x for _, _, x in self.log])[order]
         begin = np.concatenate([[0], np.cumsum(np.bincount(request, minlength=len(self.nodes)))])
         sampler = {
             k: getattr(self.sampling, k) for k in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop", "seed")
