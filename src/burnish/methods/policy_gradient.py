@@ -28,12 +28,12 @@ from burnish.forest.stream import Tree
 from burnish.maths.advantages import next_trace
 from burnish.maths.head import Objective
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
-from burnish.methods.rounds import Question, Round, Rounds, tree_of
+from burnish.methods.rounds import Question, Round, Rounds, group_of, tree_of, write_credit
 from burnish.models.reference import Reference
 from burnish.rewards.scoring import Rewards
 from burnish.train.method import Hooks, Work
 
-KEPT_ROUNDS = 50  # of trajectories on disk, besides the first two
+KEPT_ROUNDS = 50  # of trajectories on disk, besides those whose number is 0 or a power of two
 # what a round can make; the rest of what the algebra may want has to come from a reward or a critic
 MADE = frozenset(
     {"unit", "group", "reward", "known", "finished", "old_logprobs", "sampler_logprobs", "ref_logprobs", "greedy_reward", "reward_trace"}
@@ -99,6 +99,7 @@ class PolicyGradient(Hooks):
     def prepare(self, policy: Any, work: Work) -> None:
         """The round this step belongs to, drawn or read back, and the columns of its part."""
         number, inside = divmod(work.step, self.updates * self.passes)
+        before = self.rewards.seconds
         if self._round is None or self._round.number != number:
             path = None if self._folder is None else self._folder.trajectories(number)
             if inside and path is not None and path.exists():
@@ -111,6 +112,7 @@ class PolicyGradient(Hooks):
                     self._retire(number)
             if not inside:
                 work.facts |= self._round.facts
+        work.seconds["reward"] = self.rewards.seconds - before
         part = range(inside % self.updates, len(self._round.questions), self.updates)
         self._columns(policy, work, self._round, part)
 
@@ -140,8 +142,10 @@ class PolicyGradient(Hooks):
     # ---- a round
 
     def _retire(self, number: int) -> None:
-        if self._folder is not None and (old := number - KEPT_ROUNDS) > 1:
-            self._folder.trajectories(old).unlink(missing_ok=True)
+        old = number - KEPT_ROUNDS
+        if self._folder is not None and old > 0 and old & (old - 1):
+            for path in self._folder.of_round(old):
+                path.unlink()
 
     def _columns(self, policy: Any, work: Work, drawn: Round, part: range) -> None:
         """The batch of these questions, its captured columns, and what can be left out of it."""
@@ -186,6 +190,10 @@ class PolicyGradient(Hooks):
         live = torch.zeros(len(samples), dtype=torch.bool).index_put_((unit[pull != 0],), torch.tensor(True))
         work.facts |= emit(live_samples=float(live.float().mean()), advantage_std=float(made["advantage"].std()) if len(unit) > 1 else 0.0)
         work.where = tuple(self.questions[drawn.questions[q]].where for q in part)
+        if self._folder is not None and work.step % (self.updates * self.passes) < self.updates:
+            worth = made["advantage"].new_zeros(len(samples)).index_add_(0, unit, made["advantage"]) / length.clamp(min=1)
+            asked = {q: self.questions[drawn.questions[q]] for q in part}
+            write_credit(self._folder.credit(drawn.number, part.start), asked, group_of(worth, groups), group_of(live, groups))
         if not bool(live.any()):
             return
         at = 0

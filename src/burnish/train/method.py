@@ -22,6 +22,7 @@ class Work:
 
     made   None until `prepare` where a method makes its own data, and after it where there is nothing to learn from it
     spend  what making it cost an engine; facts: metrics of it besides the loop's own
+    seconds  phase -> the wall time of `prepare` that is not the training's own
     """
 
     made: Batch | None
@@ -32,6 +33,7 @@ class Work:
     step: int = 0
     spend: Spend = field(default_factory=Spend)
     facts: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def batch(self) -> Batch:
