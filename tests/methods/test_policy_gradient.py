@@ -78,7 +78,7 @@ def test_what_training_made_of_a_round_stands_beside_it(tmp_path: Path) -> None:
     for q, group in enumerate(drawn.groups):
         reward = torch.tensor([s.total for s in group])
         assert found[q]["advantages"] == pytest.approx(((reward - reward.mean()) / (reward.std() + 1e-4)).tolist(), abs=1e-5)
-        assert found[q]["live"] == [a != 0 for a in found[q]["advantages"]] and "=" in found[q]["prompt"] and found[q]["answer"]
+        assert found[q]["live"] == [a != 0 for a in found[q]["advantages"]] and found[q]["prompt"][0]["role"] == "user" and found[q]["answer"]
     assert any(any(row["live"]) for row in found.values())
 
 

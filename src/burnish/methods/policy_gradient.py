@@ -191,7 +191,7 @@ class PolicyGradient(Hooks):
         work.facts |= emit(live_samples=float(live.float().mean()), advantage_std=float(made["advantage"].std()) if len(unit) > 1 else 0.0)
         work.where = tuple(self.questions[drawn.questions[q]].where for q in part)
         if self._folder is not None and work.step % (self.updates * self.passes) < self.updates:
-            worth = made["advantage"].new_zeros(len(samples)).index_add_(0, unit, made["advantage"]) / length.clamp(min=1)
+            worth = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, unit, made["advantage"].double()) / length.clamp(min=1)
             asked = {q: self.questions[drawn.questions[q]] for q in part}
             write_credit(self._folder.credit(drawn.number, part.start), asked, group_of(worth, groups), group_of(live, groups))
         if not bool(live.any()):

@@ -15,6 +15,8 @@ GROUPS, COMPLETIONS = 4, 16  # shown of a round, and of a group
 TEXT = 2_000  # characters kept of a prompt or a completion
 EACH = ("reward_mean", "reward_std")  # what is kept of every reward on its own, where there are several
 OWN = {"loss", "grad_norm", "lr", "epoch", "rows", "label_tokens", "stream_tokens", "skipped_steps"}  # the loop's; curves and facts show them
+DRAWN = "completion_tokens"  # logged by the steps that drew
+AT_START = ("sampler_gap", "sampler_gap_max")  # at the steps after, the policy has moved: that is no gap between the two
 Row = dict[str, Any]
 
 
@@ -24,7 +26,7 @@ def series(rows: Sequence[MetricsRow]) -> list[Row]:
     for row in rows:
         if row.kind != "train":
             continue
-        logged = row.model_extra or {}
+        logged = {name: value for name, value in (row.model_extra or {}).items() if name not in AT_START or DRAWN in (row.model_extra or {})}
         parts = logged.get("components")
         for reward, values in (None, logged), *(parts.items() if isinstance(parts, dict) else ()):
             for name, value in values.items() if isinstance(values, dict) else ():
@@ -41,7 +43,7 @@ def _thinned(name: str, reward: str | None, points: Sequence[tuple[int, float]])
     values, tenth = [v for _, v in points], -(-len(points) // 10)
     return {
         "metric": name, "reward": reward, "unit": METRICS[name].unit, "step": [s for s, _ in points[::-every][::-1]],
-        "value": [max(b) if name.endswith("_max") else _mean(b) for b in buckets],
+        "per_point": len(points) / len(buckets), "value": [max(b) if name.endswith("_max") else _mean(b) for b in buckets],
         "first": _mean(values[:tenth]), "last": _mean(values[-tenth:]),
     }  # fmt: skip
 
@@ -52,7 +54,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def draws(stage: Mapping[str, Any]) -> bool:
     """Whether it learns from completions of its own."""
-    return any(s["metric"] in ("completion_tokens", "reward_mean") for s in stage["series"]) or bool(stage["rounds"])
+    return any(s["metric"] in (DRAWN, "reward_mean") for s in stage["series"]) or bool(stage["rounds"])
 
 
 def find(stage: Mapping[str, Any], metric: str, reward: str | None = None) -> Row | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from burnish.report import charts, units
 from burnish.report.drawn import draws
-from burnish.report.frontier import cost
+from burnish.report.frontier import cost, training_cost
 from burnish.report.markup import Child, Markup, join, tag
 from burnish.report.parts import Section, cell, facts, folded, key, prose, stage_classes, table
+from burnish.report.verdict import gains
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
@@ -148,7 +149,7 @@ def compared(report: Report) -> Section | None:
     rows = report["comparisons"]
     if not rows:
         return None
-    tables = []
+    tables: list[Child] = [_stages(report)]
     for name in dict.fromkeys(c["eval"] for c in rows):
         mine = [c for c in rows if c["eval"] == name]
         mine.sort(key=lambda c: (c["oracle"], c["kind"] != "stage"))
@@ -164,6 +165,32 @@ def compared(report: Report) -> Section | None:
         f"({' and '.join(tests)} test). Of {n} comparisons about {max(1, round(n * 0.05))} would fall below 0.05 by chance."
     )
     return Section("comparisons", "Is the difference real?", how, join(*tables))
+
+
+def _stages(report: Report) -> Markup | None:
+    """What each stage added to the one before it on the primary metric, and what it took; with one stage the table below says it."""
+    found = gains(report)
+    p, stages = report["verdict"]["primary"], report["stages"]
+    steps = [c for c in found if c["kind"] == "stage"]
+    if not steps:
+        return None
+    first = next((c for c in report["comparisons"] if c["kind"] == "stage" and (c["eval"], c["strategy"]) == (p["eval"], p["strategy"])
+                  and c["stage"] == steps[0]["against_stage"]), None)  # fmt: skip
+    rows: list[list[Child]] = []
+    for c in ([first] if first else []) + steps:
+        took = training_cost([stages[0], *(s for s in stages if s["name"] == c["stage"])], c["stage"])
+        rows.append([
+            join(f"{c['stage']} ", tag("small", f"after {c['against_stage']}")), units.percent(c["accuracy"]), tag("b", units.points(c["difference"])),
+            units.points_interval(c["interval"]), units.probability(c["p"]).removeprefix("p ").removeprefix("= "),
+            units.flops(took["executed_flops"]), units.duration(took["seconds"]),
+        ])  # fmt: skip
+    kinds = [c["outcome"].split()[0] for c in ([first] if first else []) + steps]
+    heads = ("Stage", p["metric"].capitalize(), "Points over the stage before", "95 % interval", "p", "Its training", "Time")
+    beside = [c["sentence"] for c in found if c["kind"] == "strategy"]
+    return join(
+        table(f"Stage by stage: {p['eval']}, {p['strategy']}", heads, rows, classes=kinds),
+        tag("p", prose(" ".join(c["sentence"] for c in steps) + " " + " ".join(beside)), class_="aside"),
+    )
 
 
 def _compared(c: Row) -> list[Child]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from burnish.core.metrics import METRICS
 from burnish.report import charts, units
+from burnish.report.doubts import ROUNDING
 from burnish.report.drawn import draws, find
 from burnish.report.evidence import work_table
 from burnish.report.markup import Child, Markup, join, tag
@@ -15,8 +16,8 @@ from burnish.report.parts import Section, facts, folded, quoted, table, within
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
-ROUNDING = 1e-4  # nats: what sampler and trainer may differ by in float32 at the start of a round (architecture, the engine)
 GROUP_BYTES = 1_200_000  # of HTML
+SHOWN = 90  # characters of a prompt in the line that opens it
 MOST = 4  # rewards with a line of their own in a chart
 
 
@@ -38,7 +39,7 @@ PANELS = (
     Panel("completions cut at the token limit, share", ("truncated_share",)),
     Panel("share of groups without any advantage (dead), of completions with a gradient (live)", ("dead_groups", "live_samples"), ("dead", "live")),
     Panel(
-        "sampler and trainer apart, nats; the line is at 1e-4, what rounding may do in float32", ("sampler_gap", "sampler_gap_max"),
+        "sampler and trainer apart where a round starts, nats; the line is at 1e-4, what rounding may do in float32", ("sampler_gap", "sampler_gap_max"),
         ("mean", "largest"), rule=ROUNDING, log=True,
     ),
     Panel("KL from the reference, nats a token", ("kl",)),
@@ -98,7 +99,7 @@ def _rewards(stage: Row, resumed: Sequence[int]) -> Markup | None:
     note = "mean reward of the completions drawn, by step"
     if len(single) > MOST:
         note += f"; {len(single) - MOST} more rewards are in the table below"
-    chart = charts.curve(lines, height=200, resumed=resumed, label=said, zero=True)
+    chart = charts.curve(lines, height=200, resumed=resumed, label=said)
     return tag("figure", tag("figcaption", tag("p", note)), chart, class_="large")
 
 
@@ -152,11 +153,12 @@ def groups(report: Report) -> Section | None:
     if not stages:
         return None
     parts: list[Child] = []
+    first = stages[0]["rounds"][0]["groups"][:1]
     budget = GROUP_BYTES // sum(len(s["rounds"]) for s in stages)
     for stage in stages:
         parts.append(tag("h3", stage["name"]))
         for drawn in stage["rounds"]:
-            shown, left = within(drawn["groups"], _group, budget)
+            shown, left = within(drawn["groups"], lambda group: _group(group, first=group in first), budget)
             parts.append(tag("h4", f"Round {drawn['round'] + 1}: the first {len(shown)} of {units.many(drawn['prompts'], 'prompt')}"))
             parts.append(tag("div", shown, class_="groups"))
             if left:
@@ -168,22 +170,24 @@ def groups(report: Report) -> Section | None:
     return Section("groups", "Groups, as drawn", how, join(*parts))
 
 
-def _group(group: Row) -> Markup:
-    line = " ".join((group["prompt"] or group["where"] or f"prompt {group['group'] + 1}").split())
+def _group(group: Row, *, first: bool) -> Markup:
+    asked = group["prompt"] or group["where"] or f"prompt {group['group'] + 1}"
+    line = " ".join(asked.split())
+    whole = line == asked.strip() and len(line) <= SHOWN  # the line that opens it says it all
     drawn = group["completions"]
     totals = [c["total"] for c in drawn if c["total"] is not None]
     said = "no reward known" if not totals else f"rewards all {units.plain(totals[0])}" if len(set(totals)) == 1 else (
         f"mean reward {units.plain(sum(totals) / len(totals))}"
     )  # fmt: skip
     return tag(
-        "details", tag("summary", tag("span", line[:90] + ("…" if len(line) > 90 else ""), class_="question", dir="auto"), tag("span", said, class_="marks")),
+        "details", tag("summary", tag("span", line[:SHOWN] + ("…" if len(line) > SHOWN else ""), class_="question", dir="auto"), tag("span", said, class_="marks")),
         tag("div",
             tag("p", group["where"], class_="where") if group["where"] else None,
-            tag("p", "The prompt was not recorded.", class_="quiet") if group["prompt"] is None else quoted(group["prompt"], group["prompt_cut"]),
+            tag("p", "The prompt was not recorded.", class_="quiet") if group["prompt"] is None else None if whole else quoted(group["prompt"], group["prompt_cut"]),
             tag("p", "The data's answer: ", tag("b", group["answer"], dir="auto"), class_="gold") if group["answer"] is not None else None,
             tag("div", [_completion(c, i) for i, c in enumerate(drawn, 1)], class_="beside"),
             tag("p", f"{units.many(group['more'], 'completion')} more left out to keep this file small.", class_="quiet") if group["more"] else None),
-        class_="group",
+        class_="group", open=first,
     )  # fmt: skip
 
 
@@ -195,8 +199,8 @@ def _completion(c: Row, number: int) -> Markup:
     parts = ", ".join(f"{name} {'unknown' if value is None else units.plain(value)}" for name, value in c["rewards"].items())
     return tag(
         "div",
-        tag("p", tag("b", f"{number}. {total}"), join(", advantage ", tag("span", advantage, class_=f"mark {kind}")) if advantage else None, class_="where"),
-        tag("p", f"{units.tokens(c['tokens'])}, {finish}" + (f"; {parts}" if len(c["rewards"]) > 1 else "")
-            + ("; no gradient" if c["live"] is False else ""), class_="where"),
+        tag("p", tag("b", f"{number}. {total}"), join(", advantage ", tag("span", advantage, class_=f"mark {kind}")) if advantage else None,
+            (f"; {parts}" if len(c["rewards"]) > 1 else "") + f"; {units.tokens(c['tokens'])}, {finish}" + ("; no gradient" if c["live"] is False else ""),
+            class_="where"),
         quoted(c["text"], c["cut"]),
     )  # fmt: skip

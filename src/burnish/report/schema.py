@@ -108,6 +108,7 @@ class Series(Part):
     reward: str | None = Field(description="of this reward alone, where there are several; null: of the step or the total")
     unit: str
     step: list[int]
+    per_point: float = Field(description="how many steps a point stands for, on average")
     value: list[float] = Field(description="the mean of the steps a point stands for, of a largest value the largest")
     first: float = Field(description="mean over the first tenth of the steps that logged it")
     last: float = Field(description="mean over the last tenth")
