@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,45 @@ def test_it_draws_scores_and_learns(tmp_path: Path) -> None:
     drawn = Round.read(StageFolder(tmp_path / "00-rl").trajectories(0))
     assert len(drawn.groups) == 4 and all(len(group) == 4 for group in drawn.groups)
     assert all(len(s.tokens) == len(s.logprobs) and set(s.rewards) == {"task"} for group in drawn.groups for s in group)
+
+
+def test_what_training_made_of_a_round_stands_beside_it(tmp_path: Path) -> None:
+    train(tmp_path / "00-rl", method={"name": "grpo", "kl_coef": 0.0}, rollouts={"updates": 2, "passes": 2})
+    folder = StageFolder(tmp_path / "00-rl")
+    drawn = Round.read(folder.trajectories(0))
+    found = {}
+    for part in (0, 1):
+        head, *rows = [json.loads(line) for line in gzip.decompress(folder.credit(0, part).read_bytes()).splitlines()]
+        assert head == {"schema": 1} and [row["group"] for row in rows] == [part, part + 2]
+        found |= {row["group"]: row for row in rows}
+    for q, group in enumerate(drawn.groups):
+        reward = torch.tensor([s.total for s in group])
+        assert found[q]["advantages"] == pytest.approx(((reward - reward.mean()) / (reward.std() + 1e-4)).tolist(), abs=1e-5)
+        assert found[q]["live"] == [a != 0 for a in found[q]["advantages"]] and found[q]["prompt"][0]["role"] == "user" and found[q]["answer"]
+    assert any(any(row["live"]) for row in found.values())
+
+
+def test_rounds_on_disk_are_the_last_ones_and_ever_fewer_of_the_others(tmp_path: Path) -> None:
+    _, built, _ = stage()
+    built.method._folder = folder = StageFolder(tmp_path / "00-rl").make()
+    (folder.root / "trajectories").mkdir()
+    for number in range(100):
+        for path in (folder.trajectories(number), folder.credit(number, 0)):
+            path.write_bytes(b"")
+        built.method._retire(number)
+    assert folder.rounds() == [0, 1, 2, 4, 8, 16, 32, *range(50, 100)]
+    assert folder.of_round(3) == [] and folder.of_round(16) == [folder.credit(16, 0), folder.trajectories(16)]
+
+
+def test_the_time_of_a_step_is_split(tmp_path: Path) -> None:
+    train(tmp_path / "00-rl", method={"name": "grpo", "kl_coef": 0.0}, rollouts={"updates": 2})
+    ledger = json.loads((tmp_path / "00-rl" / "ledger.json").read_text())
+    spent = ledger["measured"]["seconds"]
+    timing = list(read_jsonl(tmp_path / "00-rl" / "timing.jsonl"))
+    assert spent["prepare"] + spent["reward"] + spent["train"] == pytest.approx(sum(row["seconds"] for row in timing), abs=1e-3)
+    assert all(spent[name] > 0 for name in ("prepare", "reward", "train"))
+    assert [row["reward_seconds"] > 0 for row in timing] == ["prepare_seconds" in row for row in timing] == [True, False, True, False]
+    assert ledger["counted"]["prepare"]["sampled_tokens"] > 0 and "sampling" not in ledger["counted"]
 
 
 @pytest.mark.parametrize(

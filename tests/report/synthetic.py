@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
@@ -226,3 +227,45 @@ def draws(strategy: str) -> int:
 def change(path: Path, **values: Any) -> None:
     """Set top-level keys of a JSON file."""
     write(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+def draw(root: Path, stage: str = "02-grpo", *, rounds: int = 24, prompts: int = 6, size: int = 4, rewards: Sequence[str] = ("task", "brief"),
+         facts: dict[str, Any] | None = None) -> Path:  # fmt: skip
+    """Make a stage one that draws: what it logs, what its rounds held, what its parts took. `facts`: functions of the round, or numbers."""
+    folder, rows = root / stage, []
+    for r in range(rounds):
+        row = {
+            "reward_mean": 0.5, "reward_std": 0.4, "reward_min": 0.0, "reward_max": 1.0, "reward_abstained": 0.0, "reward_timeouts": 0,
+            "reward_crashes": 0, "reward_invalid": 0, "reward_infra": 0, "completion_tokens": 30.0, "truncated_share": 0.0, "surprisal": 0.2,
+            "dead_groups": 0.1, "live_samples": 0.9, "sampler_gap": 1e-6, "sampler_gap_max": 2e-5,
+        } | {name: value(r) if callable(value) else value for name, value in (facts or {}).items()}  # fmt: skip
+        if len(rewards) > 1:
+            row["components"] = {name: {"reward_mean": row["reward_mean"] / (i + 1), "reward_std": 0.1, "reward_max": 1} for i, name in enumerate(rewards)}
+        rows.append({"step": 2 * r + 1, "kind": "train", "loss": 0.01, "grad_norm": 1.0, "lr": 1e-4, "skipped_steps": 0, **row})
+        # the second step of a round logs what is its own, and its policy has moved
+        rows.append({"step": 2 * r + 2, "kind": "train", "loss": 0.02, "grad_norm": 1.0, "lr": 1e-4, "live_samples": 0.8, "sampler_gap": 0.1, "sampler_gap_max": 3.0})
+        kept = [{"schema": 1, "round": r, "weights_version": "v", "questions": list(range(prompts)), "greedy": [], "spend": {}, "facts": {}}]
+        kept += [
+            {"group": g, "tokens": [1] * (5 + i), "logprobs": [-0.5] * (5 + i), "finish": "length" if i == 0 else "stop", "text": f"r{r} g{g} s{i}",
+             "rewards": {name: float(i % 2) for name in rewards}, "total": None if i == 3 else float(i % 2)}
+            for g in range(prompts) for i in range(size)
+        ]  # fmt: skip
+        packed(folder / "trajectories" / f"round-{r:06d}.jsonl.gz", kept)
+        for part in (0, 1):
+            credit = [{"schema": 1}] + [
+                {"group": g, "where": f"sums/train/{g}", "prompt": [{"role": "user", "content": f"{r}+{g}=?"}], "answer": r + g,
+                 "advantages": [-0.5 + i for i in range(size)], "live": [i != 0 for i in range(size)]}
+                for g in range(part, prompts, 2)
+            ]  # fmt: skip
+            packed(folder / "trajectories" / f"round-{r:06d}-credit-{part}.jsonl.gz", credit)
+    lines(folder / "metrics.jsonl", rows)
+    ledger = json.loads((folder / "ledger.json").read_text())
+    ledger["counted"]["prepare"] = {"prefill_tokens": 100, "sampled_tokens": 2_000, "scored_tokens": 30, "useful_flops": 4_000, "executed_flops": 5_000}
+    ledger["measured"]["seconds"] |= {"prepare": 20.0, "reward": 3.0}
+    write(folder / "ledger.json", ledger)
+    return root
+
+
+def packed(path: Path, rows: Sequence[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode(), mtime=0))

@@ -9,6 +9,7 @@ A multiply-add counts as two.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from burnish.core.records import ModelShape, Spend
@@ -72,8 +73,11 @@ class Ledger:
                 raise ValueError(f"the ledger counts *_tokens and *_flops, not {name!r}")
             row[name] = row.get(name, 0) + int(value)
 
-    def spend(self, spend: Spend) -> None:
-        """Add what an engine spent."""
+    def spend(self, spend: Spend, phase: str | None = None) -> None:
+        """Add what an engine spent: to one phase, or to a phase for each kind of work."""
+        if phase is not None:
+            self.count(phase, **asdict(spend))
+            return
         self.count("prefill", prefill_tokens=spend.prefill_tokens)
         self.count("decode", sampled_tokens=spend.sampled_tokens)
         self.count("score", scored_tokens=spend.scored_tokens)

@@ -62,6 +62,7 @@ METRICS: dict[str, Metric] = {
     "sampler_gap_max": Metric("nats", "the largest of them", "lower"),
     # this machine
     "seconds": Metric("s", "wall time of the step", "lower"),
+    "prepare_seconds": Metric("s", "wall time of making a batch: rollouts, and log-probs of other policies", "lower"),
     "reward_seconds": Metric("s", "wall time of scoring a batch", "lower"),
     "train_tokens_per_s": Metric("tokens/s", "stream tokens divided by seconds", "higher"),
     "rss_bytes": Metric("bytes", "resident memory of the process", "lower"),

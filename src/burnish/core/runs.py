@@ -155,6 +155,20 @@ class StageFolder:
         """What round `number` of a stage that samples drew."""
         return self.root / "trajectories" / f"round-{number:06d}.jsonl.gz"
 
+    def credit(self, number: int, part: int) -> Path:
+        """What training made of one part of that round: its prompts, and the advantages of its samples."""
+        return self.root / "trajectories" / f"round-{number:06d}-credit-{part}.jsonl.gz"
+
+    def rounds(self) -> list[int]:
+        """The rounds whose trajectories are kept."""
+        names = (re.fullmatch(r"round-(\d{6,})\.jsonl\.gz", p.name) for p in self.root.glob("trajectories/*"))
+        return sorted(int(m[1]) for m in names if m)
+
+    def of_round(self, number: int) -> list[Path]:
+        """Its trajectories and what was made of them, as far as they are kept."""
+        credit = self.root.glob(f"trajectories/round-{number:06d}-credit-*.jsonl.gz")
+        return sorted(p for p in (self.trajectories(number), *credit) if p.exists())
+
     def evaluation(self, name: str) -> Path:
         return self.root / "evals" / f"{check_name(name, 'eval name')}.json"
 

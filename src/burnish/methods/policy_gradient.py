@@ -32,12 +32,12 @@ from burnish.maths.controls import Coefficients
 from burnish.maths.divergences import k3
 from burnish.maths.head import Objective, WithEntropy
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
-from burnish.methods.rounds import Question, Round, Rounds, Sample, tree_of
+from burnish.methods.rounds import Question, Round, Rounds, Sample, group_of, tree_of, write_credit
 from burnish.models.reference import Reference
 from burnish.rewards.scoring import Rewards
 from burnish.train.method import Hooks, Work
 
-KEPT_ROUNDS = 50  # of trajectories on disk, besides the first two
+KEPT_ROUNDS = 50  # of trajectories on disk, besides those whose number is 0 or a power of two
 # what a round can make; the rest of what the algebra may want has to come from a reward or a critic
 MADE = frozenset(
     {"unit", "group", "reward", "known", "finished", "old_logprobs", "sampler_logprobs", "ref_logprobs", "greedy_reward", "reward_trace"}
@@ -138,8 +138,10 @@ class PolicyGradient(Hooks):
         number, inside = divmod(work.step, self.updates * self.passes)
         if not inside:
             self._end_round(work)
+        before = self.rewards.seconds
         if self._round is None or self._round.number != number:
             self._round = self._read(number) if inside else self._draw(policy, number, work)
+        work.seconds["reward"] = self.rewards.seconds - before
         part = range(inside % self.updates, len(self._round.questions), self.updates)
         self._columns(policy, work, self._round, part, fresh=inside < self.updates)
 
@@ -222,8 +224,10 @@ class PolicyGradient(Hooks):
         return found
 
     def _retire(self, number: int) -> None:
-        if self._folder is not None and (old := number - KEPT_ROUNDS) > 1:
-            self._folder.trajectories(old).unlink(missing_ok=True)
+        old = number - KEPT_ROUNDS
+        if self._folder is not None and old > 0 and old & (old - 1):
+            for path in self._folder.of_round(old):
+                path.unlink()
 
     def _columns(self, policy: Any, work: Work, drawn: Round, part: range, *, fresh: bool) -> None:
         """The batch of these questions, its captured columns, and what can be left out of it. `fresh`: seen for the first
@@ -279,6 +283,10 @@ class PolicyGradient(Hooks):
         live = torch.zeros(len(samples), dtype=torch.bool).index_put_((unit[pull != 0],), torch.tensor(True))
         work.facts |= emit(live_samples=float(live.float().mean()), advantage_std=float(made["advantage"].std()) if len(unit) > 1 else 0.0)
         work.where = tuple(self.questions[drawn.questions[q]].where for q in part)
+        if self._folder is not None and work.step % (self.updates * self.passes) < self.updates:
+            worth = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, unit, made["advantage"].double()) / length.clamp(min=1)
+            asked = {q: self.questions[drawn.questions[q]] for q in part}
+            write_credit(self._folder.credit(drawn.number, part.start), asked, group_of(worth, groups), group_of(live, groups))
         if not bool(live.any()):
             return
         at = 0

@@ -312,3 +312,25 @@ def _facts(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> dic
         surprisal=-sum(p for s in samples for p in s.logprobs) / tokens,
         dead_groups=sum(map(dead, groups)) / len(groups),
     )
+
+
+def group_of(values: Any, groups: Sequence[Sequence[Sample]]) -> list[list[Any]]:
+    """A tensor [samples], in the order of the groups, as a list for each group."""
+    return [part.tolist() for part in values.split([len(group) for group in groups])]
+
+
+def write_credit(path: Path, asked: Mapping[int, Question], advantages: Sequence[list[float]], live: Sequence[list[bool]]) -> None:
+    """What training made of a part of a round, beside its trajectories, for people to read.
+
+    asked       group -> its question
+    advantages  of each sample, as the objective got them; the mean over its tokens where they differ
+    live        whether any of its tokens had a gradient
+    """
+    head = {"schema": 1}
+    rows = [
+        {"group": q, "where": question.where, "prompt": question.shown, "answer": question.columns.get("answer"), "advantages": values, "live": used}
+        for (q, question), values, used in zip(asked.items(), advantages, live, strict=True)
+    ]
+    path.parent.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(x, allow_nan=False, default=str) + "\n" for x in (head, *rows))
+    write_atomic(path, gzip.compress(lines.encode(), mtime=0))

@@ -79,8 +79,9 @@ def _word(x: str | float, y: float, words: str, *, anchor: str = "start", class_
     return tag("text", words, x=x, y=round(y, 1), dx=dx, text_anchor=anchor, class_=class_)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+def short(name: str, longest: int = LONGEST) -> str:
+    """A name that fits into a chart."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def _svg(height: float, label: str, class_: str, *children: Child) -> Markup:
@@ -122,12 +123,22 @@ class Line:
     dots: bool = False
 
 
-def curve(lines: Sequence[Line], *, label: str, height: float, resumed: Sequence[int] = (), zero: bool = False, x_name: str = "step") -> Markup:
-    """Lines over steps. A value that is None is a gap, and a resume a dashed upright line."""
+def curve(
+    lines: Sequence[Line], *, label: str, height: float, resumed: Sequence[int] = (), zero: bool = False, x_name: str = "step",
+    rule: float | None = None, log: bool = False,
+) -> Markup:  # fmt: skip
+    """Lines over steps. A value that is None is a gap, and a resume a dashed upright line.
+
+    rule  a level to hold the lines against, which the scale always holds; log: a logarithmic scale, with what is not
+          above 0 at its foot
+    """
     known = [(x, y) for line in lines for x, y in zip(line.x, line.y) if y is not None]
     if not known:
         return Markup("")
-    across, up = Scale(min(x for x, _ in known), max(x for x, _ in known)), fitted([y for _, y in known], zero=zero)
+    values = [y for _, y in known] + ([] if rule is None else [rule])
+    above = [y for y in values if y > 0]
+    across = Scale(min(x for x, _ in known), max(x for x, _ in known))
+    up = Scale(min(above) / 1.5, max(above) * 1.5, log=True) if log and above else fitted(values, zero=zero)
     paths: list[Markup] = []
     dots: list[Markup] = []
     names: list[tuple[float, float, Line]] = []
@@ -138,7 +149,7 @@ def curve(lines: Sequence[Line], *, label: str, height: float, resumed: Sequence
             if y is None:
                 pieces.append([])
                 continue
-            at, down = across.at(x), round(height * (1 - up.at(y)), 2)
+            at, down = across.at(x), round(height * (1 - up.at(max(y, up.low) if up.log else y)), 2)
             last = (at, down)
             pieces[-1].append(f"{WIDE * at:.2f},{down}")
             if line.dots:
@@ -158,6 +169,9 @@ def curve(lines: Sequence[Line], *, label: str, height: float, resumed: Sequence
              _word(_x(across.at(step)), 10, "resumed", class_="note", dx=4))
         for step in resumed if across.low <= step <= across.high
     ]  # fmt: skip
+    if rule is not None:
+        level = round(height * (1 - up.at(rule)), 1)
+        marks.append(tag("line", tag("title", f"at {_axis_number(rule)}"), x1=0, x2="100%", y1=level, y2=level, class_="rule"))
     labels: list[Markup] = []
     if len(lines) > 1:
         free = height + 14
@@ -199,7 +213,7 @@ def dots(groups: Sequence[tuple[str, Sequence[Dot]]], scale: Scale, *, label: st
     y = 6.0
     for name, group in groups:
         y += 12
-        marks.append(_word(0, y, _short(name), class_="name oracle" if any(d.oracle for d in group) else "name"))
+        marks.append(_word(0, y, short(name), class_="name oracle" if any(d.oracle for d in group) else "name"))
         y += 2
         for dot in group:
             y += 15
@@ -243,7 +257,7 @@ def frontier(points: Sequence[Row], classes: dict[str, str], scale: Scale, *, ax
         marks.append(tag("line", x1=_x(x), x2=_x(x), y1=round(low, 2), y2=round(high, 2), class_=f"whisker {kind}"))
         marks.append(tag("circle", tag("title", said), cx=_x(x), cy=round(y, 3), r=4.5, class_=f"dot {kind}"))
     ranked = sorted(zip(shown, places), key=lambda each: (not each[0]["best_buy"], not each[0]["on_frontier"]))  # who is named first
-    named = [(_short(p["strategy"]), f"{classes[p['stage']]}{' buy' if p['best_buy'] else ''}", x, y) for p, (x, y) in ranked]
+    named = [(short(p["strategy"]), f"{classes[p['stage']]}{' buy' if p['best_buy'] else ''}", x, y) for p, (x, y) in ranked]
     labels = _placed(named, best, height)
     stretched = tag(
         "svg", tag("polyline", points=" ".join(steps), class_="line front", vector_effect="non-scaling-stroke"), x=0, y=0, width="100%",

@@ -17,6 +17,7 @@ from burnish.core.grammar import parse
 from burnish.core.runs import RunFolder, StageFolder
 from burnish.report import units
 from burnish.report.doubts import warnings
+from burnish.report.drawn import rounds, series
 from burnish.report.files import (
     Completion,
     DataSummary,
@@ -119,7 +120,7 @@ def _planned(run: RunFile) -> list[str]:
 
 def _absent_base() -> Row:
     empty = dict.fromkeys(("folder", "method", "steps", "skipped_steps", "stopped_by", "input", "output", "data", "curves", "ledger"))
-    return {"name": "base", **empty, "status": "missing", "mask_view": [], "evals": []}
+    return {"name": "base", **empty, "status": "missing", "mask_view": [], "series": [], "rounds": [], "evals": []}
 
 
 def _rank(file: EvalFile, asked: tuple[str, str] | None) -> tuple[bool, bool, str]:
@@ -141,12 +142,14 @@ class _Stage:
         self.evals = dict(sorted(found.items(), key=lambda each: _rank(each[1], asked)))
         is_base = folder.root.name.startswith("00-")
         ledger = reading.file(folder.ledger, LedgerFile, expected=done)
+        metrics = [] if is_base else reading.lines(folder.metrics, MetricsRow, expected=done)
         self.row: Row = {
             "name": "base" if is_base else folder.name, "folder": folder.root.name, "method": about.method,
             "status": status, "steps": about.steps, "skipped_steps": about.skipped_steps, "stopped_by": about.stopped_by,
             "input": about.input, "output": about.output, "data": _data(about.data) if about.data else None,
             "mask_view": [_masked(row.where, row.tokens) for row in about.mask_view[:MASK_ROWS]],
-            "curves": None if is_base else _curves(folder, reading, expected=done),
+            "curves": None if is_base else _curves(folder, metrics, reading, expected=done), "series": series(metrics),
+            "rounds": rounds(folder, reading),
             "evals": [_evaluation(e) for e in self.evals.values()], "ledger": _ledger(ledger) if ledger else None,
         }  # fmt: skip
 
@@ -234,8 +237,7 @@ def _masked(where: str, tokens: Sequence[tuple[str, bool]]) -> Row:
     return {"where": where, "tokens": shown, "total": len(tokens), "trained": trained, "cut": len(tokens) - len(shown)}
 
 
-def _curves(folder: StageFolder, reading: Reading, *, expected: bool) -> Row | None:
-    rows = reading.lines(folder.metrics, MetricsRow, expected=expected)
+def _curves(folder: StageFolder, rows: Sequence[MetricsRow], reading: Reading, *, expected: bool) -> Row | None:
     timing = reading.lines(folder.timing, TimingRow, expected=expected)
     if not rows:
         return None

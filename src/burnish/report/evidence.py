@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from burnish.report import charts, units
-from burnish.report.frontier import cost
+from burnish.report.drawn import draws
+from burnish.report.frontier import cost, training_cost
 from burnish.report.markup import Child, Markup, join, tag
 from burnish.report.parts import Section, cell, facts, folded, key, prose, stage_classes, table
+from burnish.report.verdict import gains
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
@@ -21,6 +23,8 @@ ROLES = {
 }
 ACTIVITIES = {
     "training": ("train",),
+    "making batches": ("prepare",),
+    "scoring rewards": ("reward",),
     "validating": ("validation",),
     "answering": ("prefill", "decode", "score", "sampling", "evaluate"),
     "loading, saving": ("load", "save"),
@@ -145,7 +149,7 @@ def compared(report: Report) -> Section | None:
     rows = report["comparisons"]
     if not rows:
         return None
-    tables = []
+    tables: list[Child] = [_stages(report)]
     for name in dict.fromkeys(c["eval"] for c in rows):
         mine = [c for c in rows if c["eval"] == name]
         mine.sort(key=lambda c: (c["oracle"], c["kind"] != "stage"))
@@ -163,6 +167,32 @@ def compared(report: Report) -> Section | None:
     return Section("comparisons", "Is the difference real?", how, join(*tables))
 
 
+def _stages(report: Report) -> Markup | None:
+    """What each stage added to the one before it on the primary metric, and what it took; with one stage the table below says it."""
+    found = gains(report)
+    p, stages = report["verdict"]["primary"], report["stages"]
+    steps = [c for c in found if c["kind"] == "stage"]
+    if not steps:
+        return None
+    first = next((c for c in report["comparisons"] if c["kind"] == "stage" and (c["eval"], c["strategy"]) == (p["eval"], p["strategy"])
+                  and c["stage"] == steps[0]["against_stage"]), None)  # fmt: skip
+    rows: list[list[Child]] = []
+    for c in ([first] if first else []) + steps:
+        took = training_cost([stages[0], *(s for s in stages if s["name"] == c["stage"])], c["stage"])
+        rows.append([
+            join(f"{c['stage']} ", tag("small", f"after {c['against_stage']}")), units.percent(c["accuracy"]), tag("b", units.points(c["difference"])),
+            units.points_interval(c["interval"]), units.probability(c["p"]).removeprefix("p ").removeprefix("= "),
+            units.flops(took["executed_flops"]), units.duration(took["seconds"]),
+        ])  # fmt: skip
+    kinds = [c["outcome"].split()[0] for c in ([first] if first else []) + steps]
+    heads = ("Stage", p["metric"].capitalize(), "Points over the stage before", "95 % interval", "p", "Its training", "Time")
+    beside = [c["sentence"] for c in found if c["kind"] == "strategy"]
+    return join(
+        table(f"Stage by stage: {p['eval']}, {p['strategy']}", heads, rows, classes=kinds),
+        tag("p", prose(" ".join(c["sentence"] for c in steps) + " " + " ".join(beside)), class_="aside"),
+    )
+
+
 def _compared(c: Row) -> list[Child]:
     against = f"{c['against_stage']}" if c["kind"] == "stage" else c["against_strategy"]
     name = join(f"{c['stage']} {c['strategy']} ", tag("small", f"against {against}" + (", oracle" if c["oracle"] else "")))
@@ -175,6 +205,8 @@ def _compared(c: Row) -> list[Child]:
 def training(report: Report) -> Section | None:
     parts: list[Child] = []
     for stage in report["stages"][1:]:
+        if draws(stage):
+            continue  # a section of its own shows it
         curves = stage["curves"]
         heading = tag("h3", stage["name"])
         if curves is None or not any(v is not None for v in curves["loss"]):
@@ -231,18 +263,10 @@ def ledger(report: Report) -> Section | None:
         [[join(f"{role} ", tag("small", ROLES.get(role, ""))), *(_counted(led, role) for _, led in columns)] for role in roles],
         wide=len(columns) > 4,
     )  # fmt: skip
-    longest = max((_seconds(names, led) or 0 for _, led in columns[: len(stages)] for names in _activities(led).values()), default=0)
-    rows: list[list[Child]] = []
-    kinds: list[str] = []
-    for stage in stages:
-        for activity, names in _activities(stage["ledger"]).items():
-            rows.append(_work(f"{stage['name']}, {activity}", names, stage["ledger"], longest))
-            kinds.append("")
-    if several:
-        rows.append(["whole run", units.flops(whole["useful_flops"]), units.flops(whole["executed_flops"]), units.percent(whole["work_efficiency"]),
-                     units.duration(whole["seconds"]), ""])  # fmt: skip
-        kinds.append("sum")
-    work = table("Work and time", ("Activity", "Useful", "Executed", "Efficiency", "Time", "Time, as a bar"), rows, words=(5,), classes=kinds)
+    total: list[Child] = ["whole run", units.flops(whole["useful_flops"]), units.flops(whole["executed_flops"]), units.percent(whole["work_efficiency"]),
+                          units.duration(whole["seconds"]), ""]  # fmt: skip
+    parts = [(f"{s['name']}, {activity}", names, s["ledger"]) for s in stages for activity, names in _activities(s["ledger"]).items()]
+    work = work_table("Work and time", parts, total if several else None)
     rest = facts([
         ("Peak memory", units.size(whole["peak_memory_bytes"])), ("Energy", None if whole["joules"] is None else f"{units.count(whole['joules'])} J"),
         ("Money", None if whole["money"] is None else f"{whole['money']:.4g}"),
@@ -265,6 +289,15 @@ def _activities(ledger: Row) -> dict[str, list[str]]:
 def _counted(ledger: Row, role: str) -> Child:
     """A stage that keeps a ledger and lists no such token has counted none, which is not the same as not measured."""
     return units.count(ledger["tokens"][role]) if role in ledger["tokens"] else tag("span", "none counted", class_="absent")
+
+
+def work_table(caption: str, parts: Sequence[tuple[str, list[str], Row]], total: list[Child] | None = None) -> Markup:
+    """FLOPs and time of (title, phases, the ledger that has them), the time as a bar too."""
+    longest = max((_seconds(names, led) or 0 for _, names, led in parts), default=0)
+    rows = [_work(title, names, led, longest) for title, names, led in parts] + ([total] if total else [])
+    kinds = [""] * len(parts) + (["sum"] if total else [])
+    heads = ("Activity", "Useful", "Executed", "Efficiency", "Time", "Time, as a bar")
+    return table(caption, heads, rows, words=(5,), classes=kinds)
 
 
 def _seconds(names: list[str], ledger: Row) -> float | None:

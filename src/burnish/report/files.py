@@ -4,9 +4,12 @@ report and is named in it, never the rest, and never a traceback.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -154,7 +157,9 @@ class EvalFile(_File):
 
 
 class MetricsRow(_File):
-    """A line of metrics.jsonl."""
+    """A line of metrics.jsonl; what a method logs besides is kept as it is."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), allow_inf_nan=False)
 
     step: Whole
     kind: Literal["train", "validation"]
@@ -169,6 +174,29 @@ class TimingRow(_File):
     step: Whole
     kind: str | None = None
     train_tokens_per_s: Amount | None = None
+
+
+class RoundLine(_File):
+    """A line of a round's trajectories: the first says what was asked, the others hold a completion each."""
+
+    questions: list[Any] | None = None
+    group: Whole | None = None
+    tokens: list[int] = []
+    finish: Text = ""
+    text: Text = ""
+    rewards: dict[str, float | None] = {}
+    total: float | None = None
+
+
+class CreditLine(_File):
+    """A line of what training made of a round: a group with its prompt, and the advantage of each completion."""
+
+    group: Whole | None = None
+    where: Text | None = None
+    prompt: str | list[dict[str, Any]] | None = None
+    answer: Any = None
+    advantages: list[float | None] = []
+    live: list[bool] = []
 
 
 class DecisionRow(_File):
@@ -191,12 +219,17 @@ class Reading:
     def _called(self, path: Path) -> str:
         return str(path.relative_to(self.root))
 
+    def _is_file(self, path: Path, *, expected: bool) -> bool:
+        if not path.is_symlink() and path.is_file():
+            return True
+        if expected or path.exists() or path.is_symlink():
+            kind = "is a link or a folder, not a file" if path.exists() or path.is_symlink() else None
+            (self.damaged if kind else self.missing).append(self._called(path) + (f" {kind}" if kind else ""))
+        return False
+
     def _bytes(self, path: Path, *, expected: bool) -> bytes | None:
         try:
-            if path.is_symlink() or not path.is_file():
-                if expected or path.exists() or path.is_symlink():
-                    kind = "is a link or a folder, not a file" if path.exists() or path.is_symlink() else None
-                    (self.damaged if kind else self.missing).append(self._called(path) + (f" {kind}" if kind else ""))
+            if not self._is_file(path, expected=expected):
                 return None
             if path.stat().st_size > LARGEST:
                 self.damaged.append(f"{self._called(path)} has {path.stat().st_size:,} bytes, more than any file of a run")
@@ -255,6 +288,25 @@ class Reading:
                 bad += 1
         if bad:
             self.damaged.append(f"{self._called(path)} has {bad} damaged line{'' if bad == 1 else 's'}; the others are used")
+        return rows
+
+
+    def packed(self, path: Path, kind: type[F], enough: Callable[[F], bool]) -> list[F]:
+        """The lines of a .jsonl.gz up to the first that is `enough`. The file is whole or absent, so a bad line is damage."""
+        rows: list[F] = []
+        try:
+            if not self._is_file(path, expected=True):
+                return []
+            with gzip.open(path) as lines:
+                while line := lines.readline(LARGEST):
+                    row = kind.model_validate(parse_json(line))
+                    if enough(row):
+                        break
+                    rows.append(row)
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            why = "a line of it is not what it should be" if isinstance(error, ValueError) else str(error)
+            self.damaged.append(f"{self._called(path)} cannot be read: {why}")
+            return []
         return rows
 
 

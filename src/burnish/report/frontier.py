@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from burnish.config.schema import LIKELIHOOD
@@ -11,6 +11,8 @@ from burnish.report.files import EvalFile
 from burnish.report.pairs import SIGNIFICANT, comparison
 
 AXES = ("sampled_tokens", "executed_flops")
+MAKING = ("prepare", "reward")  # phases of a stage in which it makes what it trains on
+PASSED = ("stream", "prefill", "sampled", "scored")  # roles of tokens that went through the model
 Row = dict[str, Any]
 Judged = Sequence[tuple[str, Mapping[str, EvalFile]]]
 
@@ -44,19 +46,28 @@ def frontiers(stages: Sequence[Row], judged: Judged = ()) -> list[Row]:
 
 
 def training_cost(stages: Sequence[Row], judged: str) -> Row:
-    """What training all stages up to this one took; None where a part of it was not measured. The base model: nothing."""
+    """What training all stages up to this one took, the drawing and scoring of what they trained on included; None where a
+    part of it was not measured. The base model: nothing.
+    """
     names = [s["name"] for s in stages]
     path = [s for s in stages[1 : names.index(judged) + 1] if s["method"] != "none"]
-    phases = [(s["ledger"] or {"phases": {}})["phases"].get("train") for s in path]
 
-    def total(read: str, role: str | None = None) -> Any:
-        values = [None if p is None else p["tokens"].get(role) if role else p[read] for p in phases]
-        known = [v for v in values if v is not None]
-        return sum(known) if len(known) == len(values) else None
+    def total(of: Callable[[Row], Any]) -> Any:
+        values: list[Any] = []
+        for stage in path:
+            phases = (stage["ledger"] or {"phases": {}})["phases"]
+            own = of(phases["train"]) if "train" in phases else None
+            made = [v for name in MAKING if name in phases and (v := of(phases[name])) is not None]
+            values.append(None if own is None else own + sum(made))
+        return None if None in values else sum(values)
+
+    def passed(phase: Row) -> int | None:
+        known = [n for role, n in phase["tokens"].items() if role in PASSED]
+        return sum(known) if known else None
 
     return {
-        "tokens": total("tokens", "stream"), "label_tokens": total("tokens", "label"),
-        "executed_flops": total("executed_flops"), "seconds": total("seconds"),
+        "tokens": total(passed), "label_tokens": total(lambda p: p["tokens"].get("label")),
+        "executed_flops": total(lambda p: p["executed_flops"]), "seconds": total(lambda p: p["seconds"]),
     }  # fmt: skip
 
 

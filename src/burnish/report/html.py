@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from burnish.report import evidence, material, units
+from burnish.report import evidence, learning, material, units
 from burnish.report.markup import Markup, join, tag
 from burnish.report.parts import Section, prose, when
 
@@ -25,7 +25,8 @@ def render(report: Report) -> str:
     """The whole page. Everything in `report` is treated as hostile text."""
     style, script = (HERE / "style.css").read_text(encoding="utf-8"), (HERE / "script.js").read_text(encoding="utf-8")
     made = (
-        evidence.accuracy(report), evidence.price(report), evidence.compared(report), evidence.training(report), material.data(report),
+        evidence.accuracy(report), evidence.price(report), evidence.compared(report), evidence.training(report), learning.rollouts(report),
+        learning.groups(report), material.data(report),
         material.samples(report), evidence.ledger(report), material.provenance(report),
     )  # fmt: skip
     shown = _fitting([s for s in made if s is not None], LARGEST - len(style) - len(script) - 500_000)

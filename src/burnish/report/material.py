@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from burnish.report import units
 from burnish.report.markup import Child, Markup, join, tag
-from burnish.report.parts import Section, facts, flat, folded, short, table, when
+from burnish.report.parts import Section, facts, flat, folded, quoted, short, table, when, within
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
 MASK_BYTES, SAMPLE_BYTES = 700_000, 2_500_000
 SHOWN = 90  # characters of a prompt in the line that opens it
-
-
-def _within(rows: Sequence[Row], draw: Callable[[Row], Markup], budget: int) -> tuple[list[Markup], int]:
-    """As many of the rows as fit the budget of bytes, and how many do not."""
-    kept: list[Markup] = []
-    for row in rows:
-        drawn = draw(row)
-        budget -= len(drawn.encode())
-        if budget < 0:
-            break
-        kept.append(drawn)
-    return kept, len(rows) - len(kept)
 
 
 def data(report: Report) -> Section | None:
@@ -45,7 +33,7 @@ def data(report: Report) -> Section | None:
                 ("Longest row", units.tokens(about["longest"])), ("Read as", about["format"]), ("From", "; ".join(about["sources"]) or None),
                 *(("Note", note) for note in about["notices"]),
             ]))  # fmt: skip
-        rows, left = _within(stage["mask_view"], _masked, MASK_BYTES // max(1, len(stages)))
+        rows, left = within(stage["mask_view"], _masked, MASK_BYTES // max(1, len(stages)))
         if rows:
             seen = True
             legend = tag("p", tag("span", "learned", class_="t on"), " ", tag("span", "only read", class_="t"), class_="legend")
@@ -84,7 +72,7 @@ def samples(report: Report) -> Section | None:
     strategies = list(dict.fromkeys(c["strategy"] for s in found for e in s["stages"] for c in e["completions"]))
     judged = primary["strategy"] if primary and primary["strategy"] in strategies else "greedy" if "greedy" in strategies else (strategies or [""])[0]
     oracles = {row["strategy"] for s in report["stages"] for e in s["evals"] for row in e["strategies"] if row["oracle"]}
-    rows, left = _within(found, lambda sample: _sample(sample, judged, oracles, first=sample is found[0]), SAMPLE_BYTES)
+    rows, left = within(found, lambda sample: _sample(sample, judged, oracles, first=sample is found[0]), SAMPLE_BYTES)
     evals = list(dict.fromkeys(s["eval"] for s in found))
     last = report["stages"][-1]["name"] if len(report["stages"]) > 1 else "base"
     content = join(
@@ -131,7 +119,7 @@ def _sample(sample: Row, judged: str, oracles: set[str], *, first: bool) -> Mark
     about = [sample["id"], *([f"level {sample['level']}"] if sample["level"] is not None else [])]
     body = tag(
         "div", tag("p", " ".join(about), class_="where"),
-        _quoted(sample["prompt"], sample["prompt_cut"]) if sample["prompt"].strip() != line or len(line) > SHOWN else None,
+        quoted(sample["prompt"], sample["prompt_cut"]) if sample["prompt"].strip() != line or len(line) > SHOWN else None,
         tag("p", "Right answer: ", tag("b", sample["gold"], dir="auto"), class_="gold") if sample["gold"] is not None else None,
         tag("div", [_answers(stage, oracles) for stage in sample["stages"]], class_="beside"),
     )  # fmt: skip
@@ -143,16 +131,12 @@ def _mark(correct: bool | None) -> Markup:
     return tag("span", words, class_=f"mark {words.split()[0]}")
 
 
-def _quoted(words: str, cut: int) -> Markup:
-    return join(tag("pre", words, dir="auto"), tag("p", f"{units.many(cut, 'character')} more not shown", class_="quiet") if cut else None)
-
-
 def _answers(stage: Row, oracles: set[str]) -> Markup:
     made = []
     for c in stage["completions"]:
         said = "no answer found" if c["answer"] is None else f"answer {c['answer']}"
         head = tag("p", tag("b", c["strategy"]), " (oracle) " if c["strategy"] in oracles else " ", _mark(c["correct"]), " ", tag("span", said, dir="auto"), class_="where")
-        made.append(join(head, _quoted(c["text"], c["cut"]) if c["text"] else None))
+        made.append(join(head, quoted(c["text"], c["cut"]) if c["text"] else None))
     return tag("div", tag("h3", stage["stage"]), made)
 
 

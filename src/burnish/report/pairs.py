@@ -8,6 +8,7 @@ from typing import Any
 from burnish.config.schema import LIKELIHOOD
 from burnish.core.errors import DataError
 from burnish.maths.estimators import bootstrap_mean, paired_difference, paired_test, wilson
+from burnish.report import units
 from burnish.report.files import EvalFile, StrategyRow
 
 SIGNIFICANT = 0.05
@@ -37,7 +38,7 @@ def comparison(kind: str, mine: tuple[str, EvalFile, StrategyRow], other: tuple[
     except DataError:
         return None
     better = "better" if difference.mean > 0 else "worse"
-    return {
+    made: Row = {
         "eval": file.eval, "kind": kind, "metric": metric_of([a.strategy]),
         "test": "exact McNemar" if all(g in (0, 1) for g in (*a.correct, *b.correct)) else "sign flips", "stage": stage, "strategy": a.strategy, "against_stage": against,
         "against_strategy": b.strategy, "oracle": a.oracle or b.oracle, "n": len(a.correct),
@@ -46,3 +47,17 @@ def comparison(kind: str, mine: tuple[str, EvalFile, StrategyRow], other: tuple[
         "wins": sum(x > y for x, y in zip(a.correct, b.correct)), "losses": sum(x < y for x, y in zip(a.correct, b.correct)),
         "outcome": better if p < SIGNIFICANT else "no significant change",
     }  # fmt: skip
+    return made | {"sentence": _sentence(made)}
+
+
+def _sentence(c: Row) -> str:
+    """The comparison in words, whichever way it went."""
+    against = c["against_stage"] if c["kind"] == "stage" else c["against_strategy"]
+    what = "likely, in the mean," if c["metric"] == "likelihood" else "right"
+    evidence = f"95 % interval {units.points_interval(c['interval'])}, {units.probability(c['p'])}"
+    size = units.points(abs(c["difference"])).removeprefix("+")
+    if c["outcome"] == "no significant change":
+        how = f"not clearly different from {against} at {units.percent(c['against_accuracy'])} ({units.points(c['difference'])} points, {evidence})"
+    else:
+        how = f"{size} points {'more' if c['difference'] > 0 else 'less'} than {against} ({evidence})"
+    return f"On {c['eval']}, {c['stage']} with {c['strategy']} is {what} {units.percent(c['accuracy'])} of the time: {how}."

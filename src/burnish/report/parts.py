@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from burnish.report import units
-from burnish.report.markup import Child, Markup, tag
+from burnish.report.markup import Child, Markup, join, tag
 
 LONGEST = 300  # characters of a value shown in a table
 _JOINED = re.compile(r"(?<=\d) (?=(?:%|[kMGTPE]?FLOP\b|[kMGTPE]\b|[kMGT]?B\b|tokens?\b|points?\b|questions?\b|s\b|min\b|h\b))|(?<=\b[pn]) (?=[<=] )|(?<=\b[pn] [<=]) ")
@@ -76,6 +76,23 @@ def facts(pairs: Sequence[tuple[str, Child]]) -> Markup:
 
 def folded(title: str, *content: Child, open_: bool = False, class_: str | None = None) -> Markup:
     return tag("details", tag("summary", title), *content, open=open_, class_=class_)
+
+
+def quoted(words: str, cut: int) -> Markup:
+    """A text as it stands, and how much of it was cut."""
+    return join(tag("pre", words, dir="auto"), tag("p", f"{units.many(cut, 'character')} more not shown", class_="quiet") if cut else None)
+
+
+def within(rows: Sequence[Any], draw: Callable[[Any], Markup], budget: int) -> tuple[list[Markup], int]:
+    """As many of the rows as fit the budget of bytes, and how many do not."""
+    kept: list[Markup] = []
+    for row in rows:
+        drawn = draw(row)
+        budget -= len(drawn.encode())
+        if budget < 0:
+            break
+        kept.append(drawn)
+    return kept, len(rows) - len(kept)
 
 
 def short(value: Any) -> str:

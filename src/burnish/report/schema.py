@@ -101,6 +101,50 @@ class Curves(Part):
     median_tokens_per_s: float | None
 
 
+class Series(Part):
+    """A metric a method logs besides the curves; the steps that did not log it are left out."""
+
+    metric: str = Field(description="its name in the glossary of metrics")
+    reward: str | None = Field(description="of this reward alone, where there are several; null: of the step or the total")
+    unit: str
+    step: list[int]
+    per_point: float = Field(description="how many steps a point stands for, on average")
+    value: list[float] = Field(description="the mean of the steps a point stands for, of a largest value the largest")
+    first: float = Field(description="mean over the first tenth of the steps that logged it")
+    last: float = Field(description="mean over the last tenth")
+
+
+class Drawn(Part):
+    """One completion of a round, and what training made of it."""
+
+    text: str
+    cut: Whole = Field(description="characters left out at the end, to keep the file small")
+    tokens: Whole
+    finish: str
+    rewards: dict[str, float | None]
+    total: float | None = Field(description="null: no reward is known, and the completion is no part of the baseline")
+    advantage: float | None = Field(description="as the objective got it, the mean over its tokens where they differ; null: not recorded")
+    live: bool | None = Field(description="whether any of its tokens had a gradient")
+
+
+class Group(Part):
+    """One prompt of a round."""
+
+    group: Whole
+    where: str | None
+    prompt: str | None
+    prompt_cut: Whole
+    answer: str | None
+    completions: list[Drawn]
+    more: Whole = Field(description="completions left out, to keep the file small")
+
+
+class DrawnRound(Part):
+    round: Whole = Field(description="its number, from 0")
+    prompts: Whole
+    groups: list[Group] = Field(description="its first few, whatever they are")
+
+
 class Data(Part):
     rows: Whole | None
     validation_rows: Whole | None
@@ -187,6 +231,8 @@ class Stage(Part):
     data: Data | None
     mask_view: list[MaskedRow]
     curves: Curves | None
+    series: list[Series]
+    rounds: list[DrawnRound] = Field(description="of a stage that draws: the first, the last, and one halfway")
     evals: list[Eval]
     ledger: Ledger | None
 
@@ -212,6 +258,7 @@ class Comparison(Part):
     wins: Whole = Field(description="items on which this one did better")
     losses: Whole
     outcome: Literal["better", "no significant change", "worse"]
+    sentence: str
 
 
 class FrontierPoint(Part):

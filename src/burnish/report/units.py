@@ -41,6 +41,11 @@ def points(difference: float | None) -> str:
     return "0.0" if said[1:] == "0.0" else said
 
 
+def signed(value: float) -> str:
+    """0.7244 -> '+0.724', -1.2 -> '−1.20'."""
+    return f"+{plain(value)}" if value > 0 else plain(value)
+
+
 def interval(limits: Sequence[float] | None) -> str:
     """(0.42, 0.482) -> '42.0 to 48.2 %'."""
     return ABSENT if limits is None else f"{100 * limits[0]:.1f} to {100 * limits[1]:.1f} %"

@@ -15,19 +15,25 @@ Row = dict[str, Any]
 
 
 def comparisons(stages: Sequence[tuple[str, Mapping[str, EvalFile]]]) -> list[Row]:
-    """Each later stage against the first with the same strategy, and each strategy against greedy in the same stage.
+    """Each later stage against the first, and against the one before it, with the same strategy; and each strategy against
+    greedy in the same stage.
 
     `stages` are (name, evaluations by name) in order; the first is the base model.
     """
     found: list[Row | None] = []
     base_name, base = stages[0]
     for name in dict.fromkeys(name for _, evals in stages for name in evals):
+        last: tuple[str, EvalFile] | None = None
         for stage, evals in stages[1:]:
-            if name in evals and name in base:
-                before = {row.strategy: row for row in base[name].strategies}
+            if name not in evals:
+                continue
+            earlier = [(base_name, base[name])] if name in base else []
+            for other, file in [*earlier, *([last] if last else [])]:
+                before = {row.strategy: row for row in file.strategies}
                 for row in evals[name].strategies:
                     if row.strategy in before:
-                        found.append(comparison("stage", (stage, evals[name], row), (base_name, base[name], before[row.strategy])))
+                        found.append(comparison("stage", (stage, evals[name], row), (other, file, before[row.strategy])))
+            last = stage, evals[name]
         for stage, evals in stages:
             rows = evals[name].strategies if name in evals else []
             greedy = next((row for row in rows if row.strategy == "greedy"), None)
@@ -62,7 +68,7 @@ def verdict(
     reasons = _reasons(metric, state, stages, trained, planned)
     found: Row | None = None
     if metric and trained and not reasons:
-        key = {"kind": "stage", "eval": metric[0], "strategy": metric[1], "stage": trained[-1]["name"]}
+        key = {"kind": "stage", "eval": metric[0], "strategy": metric[1], "stage": trained[-1]["name"], "against_stage": stages[0]["name"]}
         found = next((c for c in compared if all(c[k] == v for k, v in key.items())), None)
         if found is None:
             reasons = [f"base and {trained[-1]['name']} were not asked the same questions of {metric[0]}, so they cannot be compared in pairs"]
@@ -172,6 +178,17 @@ def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def gains(report: Mapping[str, Any]) -> list[Row]:
+    """What each stage added to the one before it on the primary metric, and what the other strategies add at the last stage."""
+    p = report["verdict"]["primary"]
+    if not p:
+        return []
+    base = report["stages"][0]["name"]
+    mine = [c for c in report["comparisons"] if c["eval"] == p["eval"] and not c["oracle"]]
+    stages = [c for c in mine if c["kind"] == "stage" and c["strategy"] == p["strategy"] and c["against_stage"] != base]
+    return stages + [c for c in mine if c["kind"] == "strategy" and c["stage"] == p["stage"] and stages]
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """The verdict for a terminal: headline, evidence, cost, and what to doubt."""
     found = report["verdict"]
@@ -180,6 +197,7 @@ def summary(report: Mapping[str, Any]) -> str:
     lines += [found["cost_sentence"]] if found["cost_sentence"] else []
     best = [f["sentence"] for f in report["frontiers"] if found["primary"] and f["eval"] == found["primary"]["eval"] and len(f["points"]) > 1]
     lines += best[:1]
+    lines += [c["sentence"] for c in gains(report)]
     if report["run"]["state"] != "finished":
         lines.append(report["run"]["state_words"])
     lines += [f"{w['level']}: {w['text']}" for w in report["warnings"] if w["about"] != "state"]

@@ -102,6 +102,7 @@ class Rewards:
     ) -> None:
         self.block, self.components, self.task, self.cut = block, tuple(components), task, cut
         self.weights = {c.title: c.reward.weight for c in components}
+        self.seconds = 0.0  # of all scoring so far
         self._combine = partial(load_row("combine", block.combine.name), **block.combine.params)
         named = [v for v in block.combine.params.values() if isinstance(v, str)]
         self._counted = {title for title, weight in self.weights.items() if weight != 0 or title in named}
@@ -176,6 +177,7 @@ class Rewards:
         summed = [total(parts, self.weights, self._combine) for parts in applicable(counted, of)]
         stats = self._stats(found, summed, of if groups is not None else None)
         stats["total"] |= emit(reward_seconds=time.monotonic() - began)
+        self.seconds += stats["total"]["reward_seconds"]
         for title, spent in seconds.items():
             stats["components"][title] |= emit(reward_seconds=spent)
         components = {title: [one or UNROUTED for one in ones] for title, ones in found.items()}

@@ -19,7 +19,7 @@ from burnish.core.errors import CompleteError, ConfigError, DivergedError
 from burnish.core.ledger import Ledger, train_flops
 from burnish.core.machine import peak_resident_bytes as rss_bytes
 from burnish.core.metrics import emit
-from burnish.core.records import ModelShape
+from burnish.core.records import ModelShape, Spend
 from burnish.core.runs import StageFolder, append_json, cut, write_json
 from burnish.core.stop import Stop
 from burnish.forest.pack import Micro
@@ -151,10 +151,12 @@ def fit(
                 torch.cuda.synchronize(policy.device)  # the optimiser is still at work
             append_json(folder.metrics, row)
             took = time.perf_counter() - begin
-            state.ledger.measure("train", took)
+            state.ledger.measure("train", took - sum(work.seconds.values()))
+            for phase, seconds in work.seconds.items():
+                state.ledger.measure(phase, seconds)
             state.ledger.saw_memory(peak_bytes(policy.device))
             timing = {"step": state.step, "seconds": round(took, 5), "train_tokens_per_s": round(row["stream_tokens"] / took, 1),
-                      "rss_bytes": rss_bytes()}  # fmt: skip
+                      "rss_bytes": rss_bytes(), **emit(**{f"{phase}_seconds": round(s, 5) for phase, s in work.seconds.items()})}  # fmt: skip
             append_json(folder.timing, timing)
             last = state.step == method.total_steps
             if evaluate is not None and settings.validate_every and (state.step % settings.validate_every == 0 or last):
@@ -191,10 +193,13 @@ def one_step(
     Where memory runs out the same batch begins again with smaller micro-batches: its weights were fixed before the
     split, gradients are cleared and the dice put back, so that the step is the one it would have been.
     """
+    begin = time.perf_counter()
     method.prepare(policy, work)
     for notice in work.notices:
         say(f"note: {notice}")
-    state.ledger.spend(work.spend)
+    if work.spend != Spend():
+        state.ledger.spend(work.spend, "prepare")
+        work.seconds["prepare"] = time.perf_counter() - begin - work.seconds.get("reward", 0.0)
     policy.train()
     rate = settings.learning_rate * schedule(state.step, method.total_steps)
     if work.made is None:  # nothing in it has a gradient: counted, and no update is made

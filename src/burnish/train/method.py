@@ -21,7 +21,8 @@ class Work:
     """One optimiser batch. `columns` are captured tensors in the batch's entry order [M] or unit order [units].
 
     made   None until `prepare` where a method makes its own data, and after it where there is nothing to learn from it
-    spend  what making it cost an engine; facts: metrics of it besides the loop's own; notices: what a person should know
+    spend    what making it cost an engine; facts: metrics of it besides the loop's own; notices: what a person should know
+    seconds  phase -> the wall time of `prepare` that is not the training's own
     """
 
     made: Batch | None
@@ -33,6 +34,7 @@ class Work:
     spend: Spend = field(default_factory=Spend)
     facts: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def batch(self) -> Batch:
