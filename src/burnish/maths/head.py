@@ -37,7 +37,6 @@ Gradient flows to the log-probs alone: a captured tensor that requires grad rece
 """
 
 
-
 @dataclass(frozen=True)
 class WithEntropy:
     """An objective and a term linear in the entropies of its labels' distributions: objective + sum_i weight_i H_i.
