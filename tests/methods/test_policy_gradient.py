@@ -152,3 +152,16 @@ def test_every_row_takes_a_step_or_says_what_it_lacks(name: str, tmp_path: Path)
     _, rows = train(tmp_path / "00-rl", method=name, steps=2, batch_rows=6, rollouts={"group_size": 4, "max_new_tokens": 16})
     assert len(rows) == 2 and all(row["skipped_steps"] == 0 for row in rows)
     assert any(row["grad_norm"] for row in rows)
+
+
+def test_rows_need_a_prompt_and_no_completion(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}+1", "want": str(i + 1)}) + "\n" for i in range(8)))
+    made = {"name": "rl", "method": "dapo", "data": {"file": str(rows)}, "rewards": {"name": "number", "columns": {"answer": "want"}},
+            "train": {"steps": 1, "batch_rows": 4, "learning_rate": 1e-4}, "rollouts": {"group_size": 4, "max_new_tokens": 24}}  # fmt: skip
+    recipe = resolve(Document("test", data={"burnish": 1, "name": "t", "model": "spark", "stages": [made]})).recipe
+    policy = load_policy("spark", dtype="float32")
+    method = build_stage(recipe, recipe.stages[0], policy).method
+    work = next(iter(method.batches(0)))
+    method.prepare(policy, work)
+    assert 0 < work.facts["reward_mean"] <= 1 and work.facts["reward_abstained"] == 0

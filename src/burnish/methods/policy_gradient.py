@@ -28,12 +28,11 @@ from burnish.forest.stream import Tree
 from burnish.maths.advantages import next_trace
 from burnish.maths.head import Objective
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
-from burnish.methods.rounds import Question, Round, Rounds, tree_of
+from burnish.methods.rounds import KEPT_ROUNDS, Question, Round, Rounds, tree_of
 from burnish.models.reference import Reference
 from burnish.rewards.scoring import Rewards
 from burnish.train.method import Hooks, Work
 
-KEPT_ROUNDS = 50  # of trajectories on disk, besides the first two
 # what a round can make; the rest of what the algebra may want has to come from a reward or a critic
 MADE = frozenset(
     {"unit", "group", "reward", "known", "finished", "old_logprobs", "sampler_logprobs", "ref_logprobs", "greedy_reward", "reward_trace"}

@@ -23,15 +23,18 @@ from burnish.engines.local.engine import LocalEngine
 from burnish.forest.stream import Tree, Unit
 from burnish.rewards.scoring import Rewards
 
+KEPT_ROUNDS = 50  # of trajectories on disk, besides the first two
+
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt: its ids, what rewards are shown of it, and the columns its row carries."""
+    """One prompt: its ids, what rewards are shown of it, and the columns its row carries. `hinted`: ids that tell its answer."""
 
     ids: tuple[int, ...]
     shown: Any
     columns: Mapping[str, Any]
     where: str
+    hinted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,18 @@ class Rounds:
     poll: Callable[[], None] | None = None
     engine: LocalEngine | None = None
 
-    def draw(self, policy: Any, number: int) -> Round:
-        """Sample groups with the present weights and score them."""
+    def draw(self, policy: Any, number: int, *, chosen: Sequence[int] | None = None, group_size: int | None = None, hinted: bool = False) -> Round:
+        """Sample groups with the present weights and score them: of the round's prompts, or of those chosen."""
+        size = group_size or self.group_size
         policy.train(False)
         if self.engine is None or self.engine.policy is not policy:
             self.engine = LocalEngine(policy, end_ids=self.end_ids)
         engine = self.engine
         engine.poll = self.poll
         before, version = engine.spend, engine.weights_version
-        chosen = [int(i) for i in self.sampler.batch(number)]
-        nodes = engine.prefill_many([self.questions[i].ids for i in chosen])
-        rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(self.group_size)]
+        chosen = [int(i) for i in (self.sampler.batch(number) if chosen is None else chosen)]
+        nodes = engine.prefill_many([self.questions[i].hinted if hinted else self.questions[i].ids for i in chosen])
+        rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(size)]
         seed = derive(self.seed, "rollouts", number)
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
         drawn = engine.sample([node for node, _ in rows], sampling, [key for _, key in rows])
@@ -134,7 +138,7 @@ class Rounds:
             Sample(t.completion, t.logprobs or (), t.finish, t.text, {name: ones[i].value for name, ones in found.components.items()}, _value(found.total[i]))
             for i, t in enumerate(every)
         ]
-        split = [samples[q * self.group_size : (q + 1) * self.group_size] for q in range(len(nodes))]
+        split = [samples[q * size : (q + 1) * size] for q in range(len(nodes))]
         spent = engine.spend
         spend = Spend(*(b - a for a, b in zip(asdict(before).values(), asdict(spent).values())))
         facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
