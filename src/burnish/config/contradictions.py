@@ -105,6 +105,12 @@ def _rollouts(key: Key, stage: Stage, drawing: bool) -> Iterator[Problem]:
     if train.validation_rows is not None:
         message = f"{stage.method.name!r} has no loss on held-out rows: its rows have no completions"
         yield (*key, "train", "validation_rows"), message, "remove it, and judge by evals"
+    for name, part in (("curriculum", block and block.curriculum), ("screen", block and block.screen)):
+        if part and part.low >= part.high:
+            yield (*key, "rollouts", name, "low"), f"no pass rate is above {part.low:g} and below {part.high:g}", "type a lower low"
+    if block is not None and block.screen is not None and train.steps is None:
+        message = "how many prompts are left is known only once their pass rates are measured, so epochs of them are not"
+        yield (*key, "train"), message, "type steps: 60"
     if block is not None and "rounds" not in stage.method.params and train.batch_rows % block.updates:
         message = f"{train.batch_rows} prompts of a round cannot be split evenly over {block.updates} updates"
         yield (*key, "rollouts", "updates"), message, f"type a divisor of {train.batch_rows}"
@@ -121,8 +127,8 @@ def _rounds(key: Key, stage: Stage, rounds: int) -> Iterator[Problem]:
     elif train.steps % rounds:
         message = f"{train.steps} steps cannot be shared evenly by {rounds} rounds"
         yield (*key, "train", "steps"), message, f"type steps: {rounds * max(1, round(train.steps / rounds))}"
-    for name in ("updates", "passes") if block is not None else ():
-        if getattr(block, name) != 1:
+    for name in ("updates", "passes", "curriculum", "screen") if block is not None else ():
+        if getattr(block, name) not in (1, None):
             message = f"{name} are of policy gradients; a round here is learned from in {train.steps} / {rounds} steps of batch_rows rows"
             yield (*key, "rollouts", name), message, f"remove {name}"
 

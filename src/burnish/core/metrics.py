@@ -46,6 +46,8 @@ METRICS: dict[str, Metric] = {
     "truncated_share": Metric("1", "share of the round's completions cut at max_new_tokens", "lower"),
     "surprisal": Metric("nats", "mean of -log p of the sampled tokens: an estimate of the policy's entropy"),
     "dead_groups": Metric("1", "share of the round's groups whose rewards are all equal: no advantage", "lower"),
+    "screened_prompts": Metric("1", "share of the prompts that are left after their pass rates were measured"),
+    "favoured_prompts": Metric("1", "share of the round's prompts that the curriculum draws more often"),
     "kept_rows": Metric("rows", "completions of the round that are learned from", "higher"),
     "kept_hinted": Metric("rows", "those of them that were drawn with the answer told"),
     "solved_prompts": Metric("1", "share of the round's prompts with a completion to keep, hints aside", "higher"),

@@ -28,6 +28,7 @@ from burnish.forest.stream import Tree
 from burnish.maths.advantages import next_trace
 from burnish.maths.head import Objective
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
+from burnish.methods.curriculum import Prompts
 from burnish.methods.rounds import KEPT_ROUNDS, Question, Round, Rounds, tree_of
 from burnish.models.reference import Reference
 from burnish.rewards.scoring import Rewards
@@ -47,7 +48,7 @@ class PolicyGradient(Hooks):
 
     def __init__(
         self, setting: Setting, questions: Sequence[Question], rewards: Rewards, sampling: Sampling, *, group_size: int, updates: int,
-        passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int],
+        passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int], prompts: Prompts,
     ) -> None:  # fmt: skip
         self.setting, self.questions, self.rewards, self.sampling = setting, questions, rewards, sampling
         self.group_size, self.updates, self.passes = group_size, updates, passes
@@ -62,8 +63,9 @@ class PolicyGradient(Hooks):
                 "its baseline is the group's other samples, and a group of 1 has none", where="rollouts.group_size", remedy="type 2 or more, or choose method: reinforce"
             )
         self.trace: list[float] | None = None
+        self.prompts = prompts
         self.rounds = Rounds(
-            questions, rewards, sampling, sampler, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs
+            questions, rewards, sampling, prompts, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs
         )
         self._round: Round | None = None
         self._reference: Reference | None = None
@@ -83,10 +85,11 @@ class PolicyGradient(Hooks):
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the step."""
-        return {"trace": self.trace}
+        return {"trace": self.trace, "prompts": self.prompts.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.trace = state["trace"]
+        self.prompts.load(state["prompts"])
 
     def batches(self, step: int) -> Iterator[Work]:
         rows = self.sampler.batch_rows // self.updates
@@ -103,7 +106,10 @@ class PolicyGradient(Hooks):
             if inside and path is not None and path.exists():
                 self._round = Round.read(path)
             else:
+                if self.prompts.unscreened:
+                    self._screen(policy, work)
                 self._round = self.rounds.draw(policy, number)
+                work.facts |= emit(**self.prompts.saw(self._round))
                 work.spend += self._round.spend
                 if path is not None:
                     self._round.write(path)
@@ -112,6 +118,13 @@ class PolicyGradient(Hooks):
                 work.facts |= self._round.facts
         part = range(inside % self.updates, len(self._round.questions), self.updates)
         self._columns(policy, work, self._round, part)
+
+    def _screen(self, policy: Any, work: Work) -> None:
+        """Measure the pass rate of every prompt, once, and leave out those that are not within."""
+        assert self.prompts.screen is not None
+        measured = self.rounds.draw(policy, -1, chosen=range(len(self.questions)), group_size=self.prompts.screen.samples)
+        work.spend += measured.spend
+        work.facts |= emit(screened_prompts=self.prompts.screened(measured))
 
     def objective(self, work: Work, micro: Micro) -> tuple[Objective, Tensor | None]:
         columns = {name: column[micro.items] for name, column in work.columns.items()}
@@ -219,4 +232,5 @@ def build(
     return PolicyGradient(
         setting, questions, rewards, sampling, group_size=rollouts.group_size, updates=rollouts.updates, passes=rollouts.passes,
         sampler=sampler, total_steps=total_steps, seed=seed, prepared=prepared, end_ids=end_ids,
+        prompts=Prompts(sampler, rollouts.curriculum, rollouts.screen),
     )  # fmt: skip

@@ -11,14 +11,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from burnish.core.errors import DataError
 from burnish.core.metrics import emit
 from burnish.core.records import Sampling, Scored, Spend
 from burnish.core.runs import write_atomic
 from burnish.core.seeds import derive
-from burnish.data.sampler import Sampler
 from burnish.engines.local.engine import LocalEngine
 from burnish.forest.stream import Tree, Unit
 from burnish.rewards.scoring import Rewards
@@ -80,6 +79,12 @@ class Round:
         return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], Spend(**head["spend"]), head["facts"])
 
 
+class Batches(Protocol):
+    """Which prompts each round draws for."""
+
+    def batch(self, number: int, /) -> Sequence[int]: ...
+
+
 @dataclass
 class Rounds:
     """Where rounds come from. Raises, in `draw`, DataError for completions of other weights, and what rewards raise.
@@ -90,7 +95,7 @@ class Rounds:
     questions: Sequence[Question]
     rewards: Rewards
     sampling: Sampling
-    sampler: Sampler
+    sampler: Batches
     group_size: int
     seed: int
     end_ids: Sequence[int]
