@@ -52,7 +52,7 @@ def test_rates_run_and_prompts_within_are_favoured() -> None:
     assert prompts.saw(drawn({0: samples(1, 0, 0, 0), 1: samples(0, 0, 0, 0), 2: samples(None)})) == {"favoured_prompts": 2 / 3}
     assert prompts.rates == {0: 0.75 * 1.0 + 0.25 * 0.25, 1: 0.75 * 0.25}
     prompts.rates[0] = 0.8  # the bounds themselves are not within
-    assert [prompts._favoured(i) for i in range(4)] == [False, False, True, True]
+    assert [prompts._weight(i) for i in range(4)] == [1, 1, 4, 4]
     again = Prompts(prompts.sampler, prompts.curriculum)
     again.load(prompts.state())
     rounds = range(1500)
@@ -60,6 +60,15 @@ def test_rates_run_and_prompts_within_are_favoured() -> None:
     assert all(len(set(prompts.batch(n))) == 2 for n in rounds)
     firsts = Counter(prompts.batch(n)[0] for n in rounds)
     assert chi_square(torch.tensor([firsts[i] for i in range(4)]), torch.tensor([0.1, 0.1, 0.4, 0.4])) < 1
+
+
+def test_by_variance_prompts_come_in_proportion_to_it() -> None:
+    prompts = Prompts(Sampler(6, 1, seed=2), Curriculum(priority="variance", favour=8))
+    prompts.rates = {0: 0.0, 1: 0.5, 2: 0.25, 3: 1.0, 4: 0.9}
+    weights = [1, 8, 8 * 0.75, 1, 8 * 0.36, 8]  # 4 p (1 - p) of 8, 1 at least, and 8 for what was not drawn yet
+    assert [prompts._weight(i) for i in range(6)] == pytest.approx(weights)
+    drawn_ = Counter(prompts.batch(n)[0] for n in range(3000))
+    assert chi_square(torch.tensor([drawn_[i] for i in range(6)]), torch.tensor(weights) / sum(weights)) < 1
 
 
 def test_without_either_prompts_come_in_the_samplers_epochs() -> None:
@@ -106,6 +115,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
         ({"screen": {"low": 0.9, "high": 0.1}}, {}, "no pass rate is above 0.9"),
         ({"screen": {}}, {"steps": None, "epochs": 1}, "known only once their pass rates"),
         ({"curriculum": {"favour": 1}}, {}, "favour"),
+        ({"curriculum": {"priority": "variance", "low": 0.1}}, {}, "are of priority: band"),
     ):
         with pytest.raises(ConfigError, match=said):
             stage(rollouts=rollouts, **train_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from burnish.build import build_stage
-from burnish.config.load import resolve
+from burnish.config.load import load, resolve
 from burnish.config.provenance import Document
 from burnish.core.errors import ConfigError
 from burnish.core.runs import StageFolder, read_jsonl
@@ -165,3 +166,22 @@ def test_rows_need_a_prompt_and_no_completion(tmp_path: Path) -> None:
     work = next(iter(method.batches(0)))
     method.prepare(policy, work)
     assert 0 < work.facts["reward_mean"] <= 1 and work.facts["reward_abstained"] == 0
+
+
+def test_r1_zero_pays_a_base_model_for_the_answer_and_for_work_before_it(tmp_path: Path) -> None:
+    """Both rewards can be earned at once by a model that was never fine-tuned: `think` is 1 where work stands before one ####."""
+    recipe = load("first_steps/r1_zero").recipe
+    (stage_,) = recipe.stages  # no supervised stage before it
+    policy = load_policy(recipe.model, dtype="float32")
+    method = build_stage(recipe, stage_, policy).method
+    method.start(policy, StageFolder(tmp_path / "01-rl").make(), lambda: None)
+    work = next(iter(method.batches(0)))
+    method.prepare(policy, work)
+    samples = [s for group in method._round.groups for s in group]
+    for s in samples:
+        shown = re.fullmatch(r"\s*\S.*####\s*\S.*", s.text, re.DOTALL) is not None and s.text.count("####") == 1
+        assert s.rewards["format"] == float(shown)
+        assert s.total == pytest.approx(s.rewards["accuracy"] + 0.5 * s.rewards["format"])
+    for name in ("accuracy", "format"):
+        assert 0.2 < sum(s.rewards[name] or 0 for s in samples) / len(samples) < 0.8
+    assert work.facts["dead_groups"] < 0.3

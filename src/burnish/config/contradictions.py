@@ -108,6 +108,10 @@ def _rollouts(key: Key, stage: Stage, drawing: bool) -> Iterator[Problem]:
     for name, part in (("curriculum", block and block.curriculum), ("screen", block and block.screen)):
         if part and part.low >= part.high:
             yield (*key, "rollouts", name, "low"), f"no pass rate is above {part.low:g} and below {part.high:g}", "type a lower low"
+    course = block and block.curriculum
+    if course and course.priority == "variance" and (course.low, course.high) != (0.0, 1.0):
+        message = "low and high are of priority: band; the variance is largest at a pass rate of 1/2 by itself"
+        yield (*key, "rollouts", "curriculum", "priority"), message, "remove low and high, or type priority: band"
     if block is not None and block.screen is not None and train.steps is None:
         message = "how many prompts are left is known only once their pass rates are measured, so epochs of them are not"
         yield (*key, "train"), message, "type steps: 60"

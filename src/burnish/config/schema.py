@@ -178,8 +178,13 @@ class Rewards(Section):
 
 
 class Curriculum(Section):
-    """Prompts whose running pass rate is between low and high, and those not drawn yet, are drawn more often."""
+    """Prompts whose running pass rate is between low and high, and those not drawn yet, are drawn more often.
 
+    priority  band: those within `favour` times as often as the others; variance: in proportion to p (1 - p), from once for
+              what never or always passes to `favour` times for what passes half the time
+    """
+
+    priority: Literal["band", "variance"] = Field(default="band", description="band or variance", examples=["band"])
     low: float = Field(default=0.0, ge=0, lt=1, description="a pass rate from 0 to below 1, itself too low", examples=[0.0])
     high: float = Field(default=1.0, gt=0, le=1, description="a pass rate above 0, up to 1, itself too high", examples=[1.0])
     favour: float = Field(default=4.0, gt=1, description="how many times as often, a number above 1", examples=[4])

@@ -4,7 +4,8 @@ A prompt is *within* where its pass rate is between `low` and `high`, both exclu
 group baseline nothing, and neither does one that always is. Two uses:
 
     screen       the rate is measured once, before the first round, and what is not within is left out of the stage
-    curriculum   a running rate is kept of every prompt drawn, and those within (and those not drawn yet) come more often
+    curriculum   a running rate is kept of every prompt drawn, and those within (and those not drawn yet) come more often;
+                 or each by the variance of its passes, p (1 - p)
 """
 
 from __future__ import annotations
@@ -59,14 +60,19 @@ class Prompts:
         among = range(self.sampler.rows) if self.kept is None else self.kept
         if self.curriculum is None:
             return [among[i] for i in Sampler(len(among), self.sampler.batch_rows, self.sampler.seed).batch(number)]
-        weights = [self.curriculum.favour if self._favoured(i) else 1.0 for i in among]
+        weights = [self._weight(i) for i in among]
         found = first_of_race(weights, self.sampler.batch_rows, derive(self.sampler.seed, "curriculum", number))
         return [among[i] for i in found]
 
-    def _favoured(self, prompt: int) -> bool:
+    def _weight(self, prompt: int) -> float:
+        """From 1 to `favour`: all of it within the band, or as the variance p (1 - p) of a pass, which is largest at 1/2."""
         assert self.curriculum is not None
-        rate = self.rates.get(prompt)
-        return rate is None or self.curriculum.low < rate < self.curriculum.high
+        block, rate = self.curriculum, self.rates.get(prompt)
+        if rate is None:
+            return block.favour
+        if block.priority == "variance":
+            return max(1.0, block.favour * 4 * rate * (1 - rate))
+        return block.favour if block.low < rate < block.high else 1.0
 
     def screened(self, measured: Round) -> float:
         """Leave out what is not within; returns the share that is left. Raises DataError where too few are for a batch."""
@@ -87,7 +93,7 @@ class Prompts:
         """Update the running rates from a round; returns what to log."""
         if self.curriculum is None:
             return {}
-        favoured = sum(map(self._favoured, drawn.questions)) / len(drawn.questions)
+        favoured = sum(self._weight(q) > 1 for q in drawn.questions) / len(drawn.questions)
         for q, group in zip(drawn.questions, drawn.groups):
             rate = pass_rate(group, self.curriculum.above)
             if rate is not None:
