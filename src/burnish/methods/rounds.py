@@ -79,7 +79,7 @@ class Sample:
         return (*self.steps[:-1], (self.steps[-1][0], self.steps[-1][1] + self.penalty))
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value != OPTIONAL.get(name)}
+        return {name: value for name, value in asdict(self).items() if name not in OPTIONAL or value != OPTIONAL[name]}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Sample:
