@@ -16,6 +16,7 @@ from burnish import estimate as module
 from burnish.build import build_stage
 from burnish.cli import invoke
 from burnish.config.load import load
+from burnish.core.errors import MachineError
 from burnish.core.runs import read_json
 from burnish.estimate import estimate
 from burnish.models.load import load_policy
@@ -155,3 +156,90 @@ def test_a_limit_on_memory_is_kept(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     plan = read_json(tmp_path / "limited/r/decisions.json")["memory.sft"]["plans"][0]
     assert plan["micro_tokens"] < 4000 or plan["checkpointing"] == "layers"
+
+
+DRAWING = """burnish: 1
+name: {name}
+model: spark
+dtype: float32
+stages:
+  - name: rl
+    method: {method}
+    data: {{task: sums, levels: [2, 3], rows: 256}}
+    rewards: task
+    rollouts: {{group_size: 8, max_new_tokens: 32}}
+    train: {{steps: 4, batch_rows: 16, learning_rate: 1.0e-5}}
+"""
+
+
+@pytest.mark.parametrize("method", ["grpo", "{name: rest_em, rounds: 2, prompts: 32}"])
+def test_a_stage_that_draws_takes_what_its_miniature_says(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens within 30 % of a run's and time within a factor of 2; a machine that others use too is asked up to three times."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "PROBE_S", 1.0)
+    for attempt in range(3):
+        name = f"try-{attempt}"
+        Path("r.yaml").write_text(DRAWING.format(name=name, method=method), encoding="utf-8")
+        guess = phases(estimate("r.yaml")["stages"][1])
+        assert invoke(["run", "r.yaml"]) == 0
+        ledger = read_json(tmp_path / f"runs/{name}/01-rl/ledger.json")
+        counted = ledger["counted"]
+        sampled = counted["prepare"]["sampled_tokens"] + counted["prepare"]["prefill_tokens"]
+        learned = counted["train"]["stream_tokens"] + counted["prepare"]["scored_tokens"]
+        assert guess["rollouts"]["tokens"] == pytest.approx(sampled, rel=0.3) and guess["train"]["tokens"] == pytest.approx(learned, rel=0.3)
+        executed = sum(row.get("executed_flops", 0) for row in counted.values())
+        assert guess["rollouts"]["executed_flops"] + guess["train"]["executed_flops"] == pytest.approx(executed, rel=0.3)
+        assert "at most 32" in guess["rollouts"]["assumed"]
+        ratio = (guess["rollouts"]["seconds"] + guess["train"]["seconds"]) / sum(ledger["measured"]["seconds"].get(n, 0) for n in ("prepare", "reward", "train"))
+        if 0.5 < ratio < 2:
+            break
+    assert 0.5 < ratio < 2
+    capsys.readouterr()
+
+
+def test_a_budget_ends_the_estimate_where_it_ends_the_stage_and_no_weight_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "PROBE_S", 0.2)
+    Path("r.yaml").write_text(DRAWING.format(name="b", method="dapo"), encoding="utf-8")
+    policies: list[Any] = []
+    load = module.load_policy
+    monkeypatch.setattr(module, "load_policy", lambda *given, **named: policies.append(load(*given, **named)) or policies[-1])
+    more = ["stages.rl.train.steps=400", "stages.rl.rollouts.screen={samples: 4}"]
+    whole = estimate("r.yaml", more)["stages"][1]
+    limit = sum(p["tokens"] for p in whole["phases"] if p["name"] != "screen") // 4
+    part = estimate("r.yaml", [*more, f"stages.rl.budget.tokens={limit}"])["stages"][1]
+    spent = sum(p["tokens"] for p in part["phases"])
+    assert spent == pytest.approx(limit, rel=0.02) and "budget.tokens ends the stage" in phases(part)["train"]["assumed"]
+    assert phases(part)["screen"]["tokens"] == phases(whole)["screen"]["tokens"]
+    screen, drawn = phases(whole)["screen"], phases(whole)["rollouts"]
+    assert screen["tokens"] == pytest.approx(drawn["tokens"] * 256 * 4 / (400 * 16 * 8), rel=0.01)
+    fresh = load("spark", dtype="float32", probe=False).model
+    assert policies and all(torch.equal(a, b) for p in policies for a, b in zip(p.model.parameters(), fresh.parameters()))
+
+
+def test_completions_are_as_long_as_what_an_earlier_stage_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "PROBE_S", 0.2)
+    text = DRAWING.format(name="t", method="dapo").replace(
+        "stages:\n",
+        "stages:\n  - {name: sft, method: sft, data: {task: sums, levels: [4, 5], rows: 64}, train: {steps: 1, batch_rows: 8, learning_rate: 1.0e-5}}\n",
+    )
+    Path("r.yaml").write_text(text, encoding="utf-8")
+    found = phases(estimate("r.yaml")["stages"][2])["rollouts"]
+    recipe = load("r.yaml").recipe
+    policy = load_policy("spark", dtype="float32", probe=False)
+    rows = module._Dry(recipe, lambda text: None)._items(recipe.stages[1])
+    mean = sum(1 + len(policy.tokenizer.encode(i.rationale, add_special_tokens=False)) for i in rows) / len(rows)
+    assert f"completions of {mean:.1f} tokens, as the rows that an earlier stage learns" in found["assumed"]
+    drawn = 4 * 16 * 8 * mean
+    assert drawn < found["tokens"] < drawn + 4 * 16 * 16  # the prompts besides
+
+
+def test_what_cannot_be_tried_in_miniature_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "PROBE_S", 0.2)
+    Path("r.yaml").write_text(DRAWING.format(name="c", method="dapo").replace("rewards: task", "rewards: {name: length_cap, cap: 1000}"), encoding="utf-8")
+    with pytest.raises(MachineError, match=r"stage 'rl' cannot be tried.*no completion of the miniature has a gradient"):
+        estimate("r.yaml")

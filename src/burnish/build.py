@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
 from burnish import __version__
 from burnish.answers.compare import same
 from burnish.answers.extract import given, given_key
+from burnish.config.contradictions import draws
 from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rollouts, Source, Stage
 from burnish.core.errors import ConfigError, DataError
 from burnish.core.records import Example, Message, Rendered, Sampling
@@ -79,8 +81,8 @@ def example_of(item: Item, target: str, task: str) -> Example:
     return Example((Message("user", item.question),), (Message("assistant", text),), columns=columns, where=item.id)
 
 
-def read_sources(sources: Sequence[Source], seed: int) -> Rows:
-    """All rows of a stage in the order given. Raises DataError."""
+def read_sources(sources: Sequence[Source], seed: int, need: Literal["completion", "prompt"] = "completion") -> Rows:
+    """All rows of a stage in the order given, each with at least what is needed of it. Raises DataError."""
     rows = Rows()
     for source in sources:
         if source.task is not None:
@@ -90,7 +92,7 @@ def read_sources(sources: Sequence[Source], seed: int) -> Rows:
             rows.conversational = True
             rows.sources.append({"task": source.task, "format": f"task {source.task}", "rows": len(made)})
             continue
-        found = formats.load(str(source.file), columns=source.columns, on_bad_row=source.on_bad_row, limit=source.limit)
+        found = formats.load(str(source.file), columns=source.columns, on_bad_row=source.on_bad_row, limit=source.limit, need=need)
         if source.format not in ("auto", found.format):
             raise DataError(
                 f"rows are {found.format}, the recipe says {source.format}", where=str(source.file), remedy="type format: auto, or map columns"
@@ -141,8 +143,11 @@ class StageMaterial:
         )  # fmt: skip
         return rest, validation
 
-    def questions(self) -> tuple[Prepared, list[Question]]:
-        """The rows as prompts to be answered, too long ones treated as `on_long_row` says. Raises DataError."""
+    def questions(self, hint: str | None = None) -> tuple[Prepared, list[Question]]:
+        """The rows as prompts to be answered, too long ones treated as `on_long_row` says. Raises DataError.
+
+        hint  what takes the place of the last turn where the answer is told; one that does not fit tells nothing
+        """
         train, room = self.stage.train, self.context - 1
         limit = min(train.max_tokens or room, room)
         found: list[Question] = []
@@ -163,12 +168,30 @@ class StageMaterial:
             if example.completion:
                 columns.setdefault("answer", example.completion[-1].content)
             shown: Any = [{"role": m.role, "content": m.content} for m in example.prompt]
-            found.append(Question(ids, shown if self.rows.conversational else example.prompt[-1].content, columns, example.where))
+            told = () if hint is None else self._told(hint, example, columns)
+            hinted = told if len(told) <= limit else ()
+            found.append(Question(ids, shown if self.rows.conversational else example.prompt[-1].content, columns, example.where, hinted))
         if not found:
             raise DataError("no prompt is left to answer", where=f"stages.{self.stage.name}.data", remedy=f"dropped: {dropped.counts}")
         rows = tuple(Rendered(q.ids, (False,) * len(q.ids), q.where) for q in found)
         longest = max(len(q.ids) for q in found)
         return Prepared(rows=rows, dropped=dropped, notices={}, tokens=sum(len(q.ids) for q in found), label_tokens=0, longest=longest), found
+
+    def _told(self, hint: str, example: Example, columns: Mapping[str, Any]) -> tuple[int, ...]:
+        """Ids of a prompt whose last turn is the hint, its {question} and {answer} filled in."""
+        if "answer" not in columns and "{answer}" in hint:
+            raise DataError("has no answer to hint at", where=example.where, remedy="give rows with an answer, or type hint: null")
+        *before, last = example.prompt
+        said = {"question": last.content, "answer": str(columns.get("answer", ""))}
+        text = re.sub(r"\{(question|answer)\}", lambda found: said[found[1]], hint)
+        return self.chat.prompt((*before, replace(last, content=text)), where=example.where)
+
+    def seed(self, purpose: str) -> int:
+        return derive(self.recipe.seed, purpose, self.stage.name)
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        return self.chat.end_ids
 
     def sampler(self, rows: int) -> Sampler:
         return Sampler(rows, self.stage.train.batch_rows, derive(self.recipe.seed, "order", self.stage.name))
@@ -259,7 +282,8 @@ class Built:
 
 def build_stage(recipe: Recipe, stage: Stage, policy: Policy) -> Built:
     """Read and render a stage's data with the model's tokenizer. Raises DataError, ConfigError."""
-    rows = read_sources(stage.data, recipe.seed)
+    drawing = draws(describe_row("method", stage.method.name))
+    rows = read_sources(stage.data, recipe.seed, "prompt" if drawing else "completion")
     material = StageMaterial(recipe, stage, rows, ChatFormat(policy.tokenizer), policy.context)
     method = method_of(material)
     prepared: Prepared = method.prepared  # type: ignore[attr-defined]
@@ -278,6 +302,8 @@ def method_of(material: StageMaterial) -> Method:
     recipe, stage = material.recipe, material.stage
     row: Any = load_row("method", stage.method.name)
     if not isinstance(row, Setting):
+        if "rollouts" in describe_row("method", stage.method.name).inputs:
+            return row(material, build_rewards(stage.rewards or (), None), stage.rollouts or Rollouts(), **stage.method.params)
         return row(material, **stage.method.params)
     published = {p.name: p.default for p in describe_row("method", stage.method.name).parameters}
     yours = {k: tuple(v) if isinstance(v, list) else v for k, v in stage.method.params.items() if v != published[k]}

@@ -12,6 +12,7 @@ off the process; what a run holds more of is added from the sizes of its tensors
 from __future__ import annotations
 
 import gc
+import math
 import os
 import tempfile
 import time
@@ -21,19 +22,23 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from burnish.build import Built, HeldOut, Questions, build_stage, gflops, judges
 from burnish.config.check import check
+from burnish.config.contradictions import draws
 from burnish.config.load import load
-from burnish.config.schema import Recipe
-from burnish.core.errors import MachineError
+from burnish.config.schema import Budget, Recipe, Rollouts, Stage
+from burnish.core.errors import DataError, MachineError
 from burnish.core.ledger import forward_flops, train_flops
 from burnish.core.machine import peak_resident_bytes, resident_bytes
 from burnish.core.records import ModelShape, Spend
-from burnish.core.runs import file_sha256
+from burnish.core.runs import StageFolder, file_sha256
+from burnish.core.seeds import derive
+from burnish.core.table import describe_row, load_row
+from burnish.data.tasks.base import Item, Task, items
 from burnish.engines.local.arena import KEYS_STEP, Arena
 from burnish.engines.local.engine import LocalEngine
 from burnish.engines.local.rollout import MEMBERS_PER_ROW
@@ -44,7 +49,7 @@ from burnish.models.policy import Policy
 from burnish.search.base import strategy
 from burnish.train.activations import measure
 from burnish.train.loop import State, one_step, trial
-from burnish.train.memory import Holdings, Plan, bytes_of
+from burnish.train.memory import Holdings, Memory, Plan, bytes_of
 from burnish.train.method import Work
 from burnish.train.optim import Optimiser
 
@@ -141,12 +146,6 @@ class _Dry:
         self.speed = {name: gflops(t) for name, t in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
         self.peak = self.speed["bfloat16" if dtype == torch.bfloat16 else "float32"]
         built = [build_stage(recipe, stage, policy) for stage in recipe.stages]
-        if drawing := next((b.stage for b in built if b.stage.rewards is not None), None):
-            raise MachineError(
-                f"stage {drawing.name!r} draws its own data, whose length is known when it is drawn: no estimate is made of it yet",
-                where="burnish estimate",
-                remedy="run it with --set stages." + drawing.name + ".budget.tokens=...: a budget stops it cleanly",
-            )
         every = judges(recipe, policy, built)
         base = StageEstimate("base", [Phase("load", self.load_s)])
         decoded: dict[str, _Decoded] = {}
@@ -169,7 +168,7 @@ class _Dry:
             self.say(one.stage.name)
             if index:
                 policy = self._load()
-            stages.append(self._stage(one, policy, every, decoded, held, answers))
+            stages.append(self._stage(one, policy, every, decoded, held, answers, built[:index]))
             del policy
             gc.collect()
         phases = [p for stage in stages for p in stage.phases]
@@ -190,20 +189,27 @@ class _Dry:
     # ---- a stage ------------------------------------------------------------------------------------------------
 
     def _stage(
-        self, built: Built, policy: Policy, every: Sequence[Any], decoded: dict[str, _Decoded], held: int, answers: int
+        self, built: Built, policy: Policy, every: Sequence[Any], decoded: dict[str, _Decoded], held: int, answers: int, before: Sequence[Built]
     ) -> StageEstimate:  # fmt: skip
         policy = built.adapt(policy)
         found, shape, train = StageEstimate(built.stage.name), policy.shape, built.stage.train
         begins = resident_bytes()
-        taken = _steps(built, policy)
-        count, work = _counted(built, taken.plan, shape)
-        # the miniature's steps, less what they would take without a token: the moments are updated as often as ever
-        rate = taken.flops / max(taken.seconds - taken.fixed_s, 1e-9)
-        waste = taken.flops / taken.useful
-        executed = count.useful_flops * waste
-        steps = built.method.total_steps
-        seconds = executed / rate + steps * taken.fixed_s
-        found.phases.append(Phase("train", seconds, count.tokens, count.useful_flops, int(executed), **self._rate(executed, seconds)))
+        drawn: _Drawn | None = None
+        if draws(describe_row("method", built.stage.method.name)):
+            drawn = self._drawn(built, policy, before)
+            taken, work = drawn.taken, drawn.largest
+            found.phases += drawn.phases
+            rate = taken.flops / max(taken.seconds, 1e-9)
+        else:
+            taken = _steps(built, policy)
+            count, work = _counted(built, taken.plan, shape)
+            # the miniature's steps, less what they would take without a token: the moments are updated as often as ever
+            rate = taken.flops / max(taken.seconds - taken.fixed_s, 1e-9)
+            waste = taken.flops / taken.useful
+            executed = count.useful_flops * waste
+            seconds = executed / rate + built.method.total_steps * taken.fixed_s
+            found.phases.append(Phase("train", seconds, count.tokens, count.useful_flops, int(executed), **self._rate(executed, seconds)))
+        steps = self._within_budget(built, found.phases)
         validation = built.validation
         passes = 0
         if validation is not None and train.validate_every:
@@ -217,7 +223,7 @@ class _Dry:
         for judge in every:
             if names is None or judge.name in names:
                 if isinstance(judge, Questions):
-                    found.phases.append(self._answers(judge, decoded[judge.name], built))
+                    found.phases.append(self._answers(judge, decoded[judge.name], built, drawn))
                 else:
                     found.phases.append(self._forward(judge.name, judge.method.validation, shape, 1, rate))
         # what the run's largest micro-batch holds beyond the miniature's, in the pieces that the allocator held
@@ -229,11 +235,112 @@ class _Dry:
         training = {
             "weights": taken.holdings.weights, "masters": taken.holdings.masters, "gradients": taken.holdings.gradients,
             "moments": taken.holdings.moments, "activations and head": activations,
+            **({"reference": drawn.reference, "rollouts": drawn.held} if drawn else {}),
             "kept by the allocator": in_pieces, "tokenizer, data and runtime": max(0, begins - self.baseline - taken.holdings.weights),
         }  # fmt: skip
         judged = {"weights": self.weights + taken.holdings.weights, "tokenizer, data and runtime": max(0, held - self.weights), "answers": answers}
         found.memory = max((training, judged), key=lambda items: sum(items.values()))
         return found
+
+    def _within_budget(self, built: Built, phases: list[Phase]) -> int:
+        """The steps that are taken before a budget of the stage ends it; what stands in `phases` is cut to them."""
+        steps, budget = built.method.total_steps, built.stage.budget
+        limits: list[tuple[float, str]] = []
+        for key, field_ in (("tokens", "tokens"), ("flops", "executed_flops"), ("seconds", "seconds")):
+            each = {p.name: getattr(p, field_) for p in phases}
+            once = each.pop("screen", 0)  # before the first step
+            if (limit := getattr(budget, key)) is not None and sum(each.values()):
+                limits.append((max(0.0, limit - once) / sum(each.values()), key))
+        share, key = min(limits, default=(1.0, ""))
+        taken = max(1, min(steps, math.ceil(share * steps)))
+        if taken < steps:
+            for i, p in enumerate(phases):
+                if p.name == "screen":
+                    continue
+                part = {n: int(getattr(p, n) * taken / steps) for n in ("tokens", "useful_flops", "executed_flops")}
+                said = "; ".join(filter(None, [p.assumed, f"budget.{key} ends the stage after about {taken} of {steps} steps"]))
+                phases[i] = replace(p, seconds=p.seconds * taken / steps, assumed=said, **part)
+        return taken
+
+    def _drawn(self, built: Built, policy: Policy, before: Sequence[Built]) -> _Drawn:
+        """A stage that draws what it learns from: two rounds of it in miniature, then as many and as large as it has."""
+        stage, method = built.stage, built.method
+        rollouts = stage.rollouts or Rollouts()
+        most = rollouts.max_new_tokens
+        by_rounds = "rounds" in stage.method.params
+        prompts = len(method.rounds.sampler.batch(0)) if by_rounds else stage.train.batch_rows
+        per_round = 2 if by_rounds else rollouts.updates * rollouts.passes
+        few = min(prompts, 2 * rollouts.updates)
+
+        def miniature(asked: int, limit: int) -> Built:
+            cushion = rollouts.overlong_cushion and min(limit, rollouts.overlong_cushion)
+            block = rollouts.model_copy(update={"max_new_tokens": limit, "overlong_cushion": cushion, "curriculum": None, "screen": None})
+            train = stage.train.model_copy(update={"steps": 2 * per_round, "epochs": None, "learning_rate": 0.0})
+            own = dict(stage.method.params)
+            if by_rounds:  # what is kept costs as much as what is right
+                own |= {"rounds": 2, "prompts": asked} | {name: -1e30 for name in ("threshold",) if name in own}
+            else:
+                train = train.model_copy(update={"batch_rows": asked})
+            choice = stage.method.model_validate({"name": stage.method.name, **own})
+            return build_stage(self.recipe, stage.model_copy(update={"rollouts": block, "train": train, "method": choice, "budget": Budget()}), policy)
+
+        def rate(asked: int, limit: int) -> float:
+            rounds = miniature(asked, limit).method.rounds
+            begin = time.perf_counter()
+            return rounds.draw(policy, 0).spend.sampled_tokens / (time.perf_counter() - begin)
+
+        rate(few, min(most, 8))  # the first product of a shape is slow
+        affordable = 4 * PROBE_S * rate(few, min(most, 8))
+        asked = int(min(prompts, max(few, affordable // (rollouts.group_size * most))))
+        asked = max(rollouts.updates, asked // rollouts.updates * rollouts.updates)
+        limit = int(min(most, max(8, affordable // (rollouts.group_size * asked))))
+        mini = _two_rounds(miniature(asked, limit), policy, per_round)
+        known = limit == most
+        length, why = (mini.length, "as the model's own before the stages") if known else (float(most), "every one as long as it may be")
+        taught = next((s for b in before for s in b.stage.data if s.task in {o.task for o in stage.data} and s.task is not None), None)
+        if taught is not None:
+            texts = [i.rationale if taught.target == "rationale" else i.answer for i in self._items(stage)]
+            length = min(float(most), 1 + sum(len(self.tokenizer.encode(t, add_special_tokens=False)) for t in texts) / len(texts))
+            why = "as the rows that an earlier stage learns"
+        rounds = stage.method.params["rounds"] if by_rounds else method.total_steps / per_round
+        longer, larger = length / mini.length, prompts / asked
+        times = rounds * larger * longer
+        sampled = mini.sampled * times
+        tokens = sampled + mini.scored * times + mini.prefill * rounds * larger
+        bound = mini.samples * rounds * larger * most
+        assumed = f"completions of {length:.1f} tokens, {why}; at most {most}, and then {bound:,.0f} sampled tokens in place of {sampled:,.0f}"
+        if rollouts.refill:
+            assumed += "; as many groups drawn again as the model's own before the stages"
+        phases = [
+            Phase("rollouts", mini.draw_s * times, int(tokens), int(mini.draw_useful * times), int(mini.draw_executed * times),
+                  **self._rate(mini.draw_executed, mini.draw_s), assumed=assumed),
+        ]  # fmt: skip
+        if rollouts.screen is not None:
+            share = len(method.questions) * rollouts.screen.samples / (prompts * rollouts.group_size * rounds)
+            screen = {n: int(getattr(phases[0], n) * share) for n in ("tokens", "useful_flops", "executed_flops")}
+            phases.append(replace(phases[0], name="screen", seconds=phases[0].seconds * share, assumed="", **screen))
+        # prompts stand in a tree once, or once a row
+        question = sum(len(q.ids) for q in method.rounds.questions) / len(method.rounds.questions)
+        members = 1 if by_rounds else rollouts.group_size
+        more = (question + members * length) / (question + members * mini.length) * (1 if by_rounds else larger)
+        steps = method.total_steps
+        taken, live = mini.taken, "as many completions with a gradient as the model's own before the stages had"
+        phases.append(
+            Phase("train", steps * taken.seconds * more, int(steps * mini.tokens * more), int(steps * taken.useful * more), int(steps * taken.flops * more),
+                  **self._rate(taken.flops, taken.seconds), assumed="" if by_rounds else live)
+        )  # fmt: skip
+        tokens_of, rows_of = taken.largest
+        up = max(1.0, min(more, taken.plan.micro_tokens / tokens_of))
+        return _Drawn(taken, phases, (int(tokens_of * up), int(rows_of * up)), length, mini.reference, int(mini.held * max(1.0, larger * longer)))
+
+    def _items(self, stage: Stage) -> list[Item]:
+        """Some questions of a stage's tasks, with their worked answers."""
+        made: list[Item] = []
+        for source in stage.data:
+            if source.task is not None:
+                task = cast(Task, load_row("task", source.task))
+                made += items(task, source.fold, source.levels, min(source.rows or 0, 200), derive(self.recipe.seed, "data", source.task))
+        return made
 
     # ---- evaluations --------------------------------------------------------------------------------------------
 
@@ -308,10 +415,13 @@ class _Dry:
         drawn = int((len(ids) - questions) * each * length) * TOKEN_BYTES
         return max(0, keys) * engine.bytes_per_token * engine.shape.layers + drawn
 
-    def _answers(self, judge: Questions, decoded: _Decoded, after: Built | None) -> Phase:
+    def _answers(self, judge: Questions, decoded: _Decoded, after: Built | None, drawn: _Drawn | None = None) -> Phase:
         """An eval: as long as the base's answers, or as the rows a stage learned from where it learned this task."""
         most = judge.judged.max_new_tokens
         longer, assumed = 1.0, "" if decoded.known else f"every answer takes max_new_tokens, {most}"
+        if drawn is not None and after is not None and any(s.task is not None and s.task == judge.judged.task for s in after.stage.data):
+            longer, assumed = min(most, drawn.length) / decoded.length, "answers as long as the completions that are learned from"
+            after = None
         taught = next((s for s in after.stage.data if s.task is not None and s.task == judge.judged.task), None) if after else None
         if taught is not None:
             encode = self.tokenizer.encode
@@ -420,10 +530,18 @@ def _steps(built: Built, policy: Policy) -> _Taken:
             if less < executed:
                 fixed = max(0.0, took - less * (min(times[1:]) - took) / (executed - less))
         grown = peak() - before
+    middle = sorted(times[1:])[len(times[1:]) // 2]
+    return _taken(built, policy, optimiser, memory, part, middle, fixed, executed, _useful(part, shape), grown)
+
+
+def _taken(
+    built: Built, policy: Policy, optimiser: Optimiser, memory: Memory, part: Work, seconds: float, fixed: float, executed: int, useful: int, grown: int
+) -> _Taken:  # fmt: skip
+    """What the miniature's steps took and hold; closes the optimiser."""
     plan = memory.plan(1)
     known = memory.activations.get(plan.checkpointing)
     if known is None:  # memory was ample, and nobody asked
-        known = measure(policy, work.batch.trees, partial(trial, policy))
+        known = measure(policy, part.batch.trees, partial(trial, policy))
 
     def held(micro: tuple[int, int]) -> int:
         return known.peak(*micro)
@@ -436,10 +554,123 @@ def _steps(built: Built, policy: Policy) -> _Taken:
     model = sum(p.numel() * p.element_size() for p in policy.trainable().values()) if adapter else holdings.weights
     optimiser.close()
     return _Taken(
-        plan=plan, seconds=sorted(times[1:])[len(times[1:]) // 2], fixed_s=fixed, flops=executed, useful=_useful(part, shape), holdings=holdings,
+        plan=plan, seconds=seconds, fixed_s=fixed, flops=executed, useful=useful, holdings=holdings,
         largest=largest, grown=grown, held=max(1, grown - added), tracked=added + held(largest), tracked_activations=held(largest), activations=held,
         checkpoint_bytes=states, model_bytes=model,
     )  # fmt: skip
+
+
+@dataclass
+class _Drawn:
+    """A whole stage that draws. largest: (tokens, head rows) of a micro-batch; reference, held: bytes of a reference and of rollouts."""
+
+    taken: _Taken
+    phases: list[Phase]
+    largest: tuple[int, int]
+    length: float
+    reference: int
+    held: int
+
+
+@dataclass
+class _TwoRounds:
+    """The second of two rounds in miniature. length: tokens of a completion; tokens: of a step, the reference's among them."""
+
+    taken: _Taken
+    length: float
+    samples: int
+    sampled: int
+    scored: int
+    prefill: int
+    draw_s: float
+    draw_useful: int
+    draw_executed: int
+    tokens: float
+    reference: int
+    held: int
+
+
+def _two_rounds(built: Built, policy: Policy, per_round: int) -> _TwoRounds:
+    """Two rounds of a stage, drawn, scored and learned from at a learning rate of 0; the first warms up.
+
+    Raises MachineError where no completion of them has a gradient.
+    """
+    method, train, shape = built.method, built.stage.train, policy.shape
+    memory, draw = built.memory({}), method.rounds.draw
+    drawn: list[tuple[Any, float]] = []
+    held = 0
+
+    def timed(*given: Any, **named: Any) -> Any:
+        nonlocal held
+        before, begin = resident_bytes(), time.perf_counter()
+        made = draw(*given, **named)
+        drawn.append((made, time.perf_counter() - begin))
+        held = max(held, resident_bytes() - before)
+        return made
+
+    method.rounds.draw = timed
+    before = resident_bytes()
+    with _peak() as peak, tempfile.TemporaryDirectory() as folder:
+        method.start(policy, StageFolder(Path(folder)), lambda: None)
+        reference = max(0, resident_bytes() - before)
+        optimiser = Optimiser(
+            policy, learning_rate=0.0, adam_beta1=train.adam_beta1, adam_beta2=train.adam_beta2, adam_epsilon=train.adam_epsilon,
+            weight_decay=train.weight_decay, clip_norm=train.clip_norm,
+        )  # fmt: skip
+        state = State()
+        learned: list[tuple[float, int, int, int]] = []  # seconds, tokens, useful and executed FLOPs of each step
+        part: Work | None = None
+        boundary = 0
+        try:
+            for work in islice(method.batches(0), 2 * per_round):
+                if work.step == per_round:
+                    boundary = len(drawn)
+                begin, many = time.perf_counter(), len(drawn)
+                tokens, flops, useful = state.ledger.tokens, state.ledger.flops, _all_useful(state)
+                one_step(policy, method, optimiser, train, built.schedule, memory, state, work, shape)
+                here = drawn[many:]
+                paid = Spend()
+                for made, _ in here:
+                    paid += made.spend
+                seconds = time.perf_counter() - begin - sum(s for _, s in here)
+                learned.append((
+                    seconds, state.ledger.tokens - tokens - paid.prefill_tokens - paid.sampled_tokens - paid.scored_tokens,
+                    _all_useful(state) - useful - paid.useful_flops, state.ledger.flops - flops - paid.executed_flops,
+                ))  # fmt: skip
+                part = work if work.made is not None else part
+        except DataError as error:
+            raise _cannot_tell(built, error.message) from error
+        finally:
+            method.close()
+        grown = peak() - before
+    if part is None:
+        raise _cannot_tell(built, "no completion of the miniature has a gradient: the rewards of every group are equal")
+    second = drawn[boundary:]
+    samples = [s for made, _ in second for group in (*made.groups, *(group for _, group in made.replaced)) for s in group]
+    paid = Spend()
+    for made, _ in second:
+        paid += made.spend
+    steps = learned[per_round:]
+    mean = [sum(column) / len(steps) for column in zip(*steps)]
+    taken = _taken(built, policy, optimiser, memory, part, mean[0], 0.0, int(mean[3]), int(mean[2]), grown - reference - held)
+    extra = len(second[0][0].greedy)
+    return _TwoRounds(
+        taken=taken, length=sum(len(s.tokens) for s in samples) / len(samples), samples=len(samples) + extra, sampled=paid.sampled_tokens,
+        scored=paid.scored_tokens, prefill=paid.prefill_tokens, draw_s=sum(s for _, s in second), draw_useful=paid.useful_flops, draw_executed=paid.executed_flops, tokens=mean[1],
+        reference=reference, held=held,
+    )  # fmt: skip
+
+
+def _all_useful(state: State) -> int:
+    return sum(row.get("useful_flops", 0) for row in state.ledger.counted.values())
+
+
+def _cannot_tell(built: Built, why: str) -> MachineError:
+    return MachineError(
+        f"stage {built.stage.name!r} cannot be tried in miniature: {why}",
+        where="burnish estimate",
+        remedy=f"run it with --set stages.{built.stage.name}.budget.tokens=...: a budget stops it cleanly",
+    )
 
 
 def _useful(work: Work, shape: ModelShape) -> int:

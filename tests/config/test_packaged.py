@@ -9,6 +9,7 @@ import pytest
 from burnish.config.check import check
 from burnish.config.load import load, packaged, resolve
 from burnish.config.provenance import read, write
+from burnish.core.table import describe
 
 
 @pytest.mark.parametrize("name", packaged())
@@ -42,3 +43,20 @@ def test_the_row_shapes_of_the_schema_are_those_the_data_layer_learns_from() -> 
     from burnish.data.formats import FORMATS
 
     assert set(get_args(RowShape)) - {"auto"} == {form.name for form in FORMATS if not form.instead}
+
+
+ALGEBRA = sorted(name for name, row in describe("method").items() if {"advantage", "surrogate"} <= {p.name for p in row.parameters})
+
+
+@pytest.mark.parametrize("row", ALGEBRA)
+def test_every_policy_gradient_row_has_a_recipe_that_differs_from_grpos_by_what_it_says(row: str) -> None:
+    """After the same supervised stage, on the same questions, to the same budget: what differs is the method and its own dials."""
+    here, base = load(f"policy_gradient/{row}"), load("policy_gradient/grpo")
+    assert check(here).ok and here.recipe.name == row
+    before, stage = here.recipe.stages
+    assert stage.method.name == row and stage.budget.tokens and stage.budget == base.recipe.stages[1].budget
+    assert before == base.recipe.stages[0] and stage.data == base.recipe.stages[1].data and here.recipe.evals == base.recipe.evals
+    published = {p.name: p.default for p in describe("method")[row].parameters}
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in stage.method.params.items()} == published
+    rollouts = stage.rollouts
+    assert rollouts is not None and rollouts.group_size * stage.train.batch_rows in (256, 128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from burnish.build import build_stage
-from burnish.config.load import resolve
+from burnish.config.load import load, resolve
 from burnish.config.provenance import Document
 from burnish.core.errors import ConfigError
 from burnish.core.runs import StageFolder, read_jsonl
 from burnish.core.stop import Stop
 from burnish.core.table import describe
 from burnish.methods.policy_gradient import PolicyGradient, Round
+from burnish.methods.rounds import retire
 from burnish.models.load import load_policy
 from burnish.models.policy import Policy
 from burnish.train.loop import fit
@@ -83,13 +85,12 @@ def test_what_training_made_of_a_round_stands_beside_it(tmp_path: Path) -> None:
 
 
 def test_rounds_on_disk_are_the_last_ones_and_ever_fewer_of_the_others(tmp_path: Path) -> None:
-    _, built, _ = stage()
-    built.method._folder = folder = StageFolder(tmp_path / "00-rl").make()
+    folder = StageFolder(tmp_path / "00-rl").make()
     (folder.root / "trajectories").mkdir()
     for number in range(100):
         for path in (folder.trajectories(number), folder.credit(number, 0)):
             path.write_bytes(b"")
-        built.method._retire(number)
+        retire(folder, number)
     assert folder.rounds() == [0, 1, 2, 4, 8, 16, 32, *range(50, 100)]
     assert folder.of_round(3) == [] and folder.of_round(16) == [folder.credit(16, 0), folder.trajectories(16)]
 
@@ -192,3 +193,35 @@ def test_every_row_takes_a_step_or_says_what_it_lacks(name: str, tmp_path: Path)
     _, rows = train(tmp_path / "00-rl", method=name, steps=2, batch_rows=6, rollouts={"group_size": 4, "max_new_tokens": 16})
     assert len(rows) == 2 and all(row["skipped_steps"] == 0 for row in rows)
     assert any(row["grad_norm"] for row in rows)
+
+
+def test_rows_need_a_prompt_and_no_completion(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}+1", "want": str(i + 1)}) + "\n" for i in range(8)))
+    made = {"name": "rl", "method": "dapo", "data": {"file": str(rows)}, "rewards": {"name": "number", "columns": {"answer": "want"}},
+            "train": {"steps": 1, "batch_rows": 4, "learning_rate": 1e-4}, "rollouts": {"group_size": 4, "max_new_tokens": 24}}  # fmt: skip
+    recipe = resolve(Document("test", data={"burnish": 1, "name": "t", "model": "spark", "stages": [made]})).recipe
+    policy = load_policy("spark", dtype="float32")
+    method = build_stage(recipe, recipe.stages[0], policy).method
+    work = next(iter(method.batches(0)))
+    method.prepare(policy, work)
+    assert 0 < work.facts["reward_mean"] <= 1 and work.facts["reward_abstained"] == 0
+
+
+def test_r1_zero_pays_a_base_model_for_the_answer_and_for_work_before_it(tmp_path: Path) -> None:
+    """Both rewards can be earned at once by a model that was never fine-tuned: `think` is 1 where work stands before one ####."""
+    recipe = load("first_steps/r1_zero").recipe
+    (stage_,) = recipe.stages  # no supervised stage before it
+    policy = load_policy(recipe.model, dtype="float32")
+    method = build_stage(recipe, stage_, policy).method
+    method.start(policy, StageFolder(tmp_path / "01-rl").make(), lambda: None)
+    work = next(iter(method.batches(0)))
+    method.prepare(policy, work)
+    samples = [s for group in method._round.groups for s in group]
+    for s in samples:
+        shown = re.fullmatch(r"\s*\S.*####\s*\S.*", s.text, re.DOTALL) is not None and s.text.count("####") == 1
+        assert s.rewards["format"] == float(shown)
+        assert s.total == pytest.approx(s.rewards["accuracy"] + 0.5 * s.rewards["format"])
+    for name in ("accuracy", "format"):
+        assert 0.2 < sum(s.rewards[name] or 0 for s in samples) / len(samples) < 0.8
+    assert work.facts["dead_groups"] < 0.3

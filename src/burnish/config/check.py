@@ -141,7 +141,7 @@ def _stage_plan(stage: Stage, rows: int | None) -> StagePlan:
     rows = rows - (train.validation_rows or 0) if rows is not None else None
     if steps is None and rows is not None and epochs is not None:
         steps = math.ceil(round(rows * epochs, 6) / train.batch_rows)
-    if epochs is None and rows and steps is not None:
+    if epochs is None and rows and steps is not None and "rounds" not in stage.method.params:  # what a round keeps is not known yet
         epochs = round(steps * train.batch_rows / rows, 4)
     tokens = steps * train.batch_rows * train.max_tokens if steps and train.max_tokens else None
     held = train.validation_rows or 0

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 
 from burnish.config.faults import Key
-from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rewards, Source, Stage
+from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rewards, Rollouts, Source, Stage
 from burnish.core.grammar import parse
 from burnish.core.signature import Inputs
-from burnish.core.table import describe_row, did_you_mean
+from burnish.core.table import RowDescription, describe_row, did_you_mean
 
+OF_POLICY_GRADIENTS = ("updates", "passes", "curriculum", "screen", "refill", "overlong_cushion", "old_logprobs", "stop_after_dead_rounds")  # of rollouts
 Problem = tuple[Key, str, str | None]  # the key at fault, what is wrong, what to type instead
 
 
@@ -48,6 +49,11 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
                 yield ("report", "primary", "strategy"), message, f"type one of: {', '.join(has)}"
 
 
+def draws(row: RowDescription) -> bool:
+    """Whether a method draws its own completions: it takes rollouts, or is a point of the policy-gradient algebra."""
+    return "rollouts" in row.inputs or {"advantage", "surrogate"} <= {p.name for p in row.parameters}
+
+
 def _no_eval(name: str, recipe: Recipe) -> tuple[str, str | None]:
     known = [*recipe.evals, *recipe.held_out]
     return f"there is no eval {name!r}.{did_you_mean(name, known)} There are: {', '.join(known) or 'none'}", None
@@ -73,9 +79,10 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
         )
         yield (*at, "batch_rows"), message, f"type batch_rows: {max(1, rows - held)} or less, or ask for more rows"
     row = describe_row("method", stage.method.name)
-    draws = {"advantage", "surrogate"} <= {p.name for p in row.parameters}  # a point of the policy-gradient algebra
-    takes = draws or "rewards" in row.inputs
-    yield from _rollouts(key, stage, draws)
+    takes = draws(row) or "rewards" in row.inputs
+    yield from _rollouts(key, stage, draws(row))
+    if "rounds" in stage.method.params:
+        yield from _rounds(key, stage, stage.method.params["rounds"])
     if takes and stage.rewards is None:
         yield (*key, "method"), f"{stage.method.name!r} learns from rewards, and there are none", "add rewards: [number]"
     if stage.rewards is not None:
@@ -89,10 +96,10 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
             yield (*key, "evaluate", j), f"eval {name!r} is named twice", "name it once"
 
 
-def _rollouts(key: Key, stage: Stage, draws: bool) -> Iterator[Problem]:
+def _rollouts(key: Key, stage: Stage, drawing: bool) -> Iterator[Problem]:
     """What a method that draws its own completions can and cannot be told."""
     train, block = stage.train, stage.rollouts
-    if not draws:
+    if not drawing:
         if block is not None:
             yield (*key, "rollouts"), f"{stage.method.name!r} draws no completions: they would do nothing", "remove rollouts"
         return
@@ -105,9 +112,36 @@ def _rollouts(key: Key, stage: Stage, draws: bool) -> Iterator[Problem]:
     if block is not None and block.refill and block.group_size == 1:
         message = "a group of 1 has nothing to differ in: every group would be drawn again"
         yield (*key, "rollouts", "refill"), message, "type refill: 0, or group_size: 2 or more"
-    if block is not None and train.batch_rows % block.updates:
+    for name, part in (("curriculum", block and block.curriculum), ("screen", block and block.screen)):
+        if part and part.low >= part.high:
+            yield (*key, "rollouts", name, "low"), f"no pass rate is above {part.low:g} and below {part.high:g}", "type a lower low"
+    course = block and block.curriculum
+    if course and course.priority == "variance" and (course.low, course.high) != (0.0, 1.0):
+        message = "low and high are of priority: band; the variance is largest at a pass rate of 1/2 by itself"
+        yield (*key, "rollouts", "curriculum", "priority"), message, "remove low and high, or type priority: band"
+    if block is not None and block.screen is not None and train.steps is None:
+        message = "how many prompts are left is known only once their pass rates are measured, so epochs of them are not"
+        yield (*key, "train"), message, "type steps: 60"
+    if block is not None and "rounds" not in stage.method.params and train.batch_rows % block.updates:
         message = f"{train.batch_rows} prompts of a round cannot be split evenly over {block.updates} updates"
         yield (*key, "rollouts", "updates"), message, f"type a divisor of {train.batch_rows}"
+
+
+def _rounds(key: Key, stage: Stage, rounds: int) -> Iterator[Problem]:
+    """Of a method that fine-tunes on what it drew, a number of times."""
+    train, block = stage.train, stage.rollouts
+    if rounds < 1:
+        yield (*key, "method", "rounds"), f"{rounds} rounds do nothing", "type 1 or more"
+    elif train.steps is None:
+        message = "how many rows a round keeps is known only once they are drawn, so epochs of them are not"
+        yield (*key, "train"), message, "type steps: 60, shared evenly by the rounds"
+    elif train.steps % rounds:
+        message = f"{train.steps} steps cannot be shared evenly by {rounds} rounds"
+        yield (*key, "train", "steps"), message, f"type steps: {rounds * max(1, round(train.steps / rounds))}"
+    for name in OF_POLICY_GRADIENTS if block is not None else ():
+        if getattr(block, name) != Rollouts.model_fields[name].default:
+            message = f"{name} are of policy gradients; a round here is learned from in {train.steps} / {rounds} steps of batch_rows rows"
+            yield (*key, "rollouts", name), message, f"remove {name}"
 
 
 def rewards_against(block: Rewards, key: Key = ()) -> Iterator[Problem]:

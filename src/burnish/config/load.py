@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from burnish.config.base import on_base
 from burnish.config.contradictions import contradictions
 from burnish.config.faults import Fault, Key, RecipeError, explain, meant
 from burnish.config.overrides import choices, expand, members, override, typed_key, value_at
@@ -44,8 +45,12 @@ def find(source: str | os.PathLike[str]) -> tuple[Path, str]:
 
 def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Resolved:
     """Read a packaged recipe or a file, apply `a.b=c` overrides, validate. Raises RecipeError with every fault."""
+    return resolve(_document(source), overrides, find(source)[0])
+
+
+def _document(source: str | os.PathLike[str]) -> Document:
     path, name = find(source)
-    return resolve(read(_text(path, name), name), overrides, path)
+    return read(_text(path, name), name)
 
 
 def _text(path: Path, name: str) -> str:
@@ -76,6 +81,8 @@ def resolve(document: Document, overrides: Sequence[str] = (), path: Path | None
         message = f"is {kind}, wanted a mapping of keys: burnish, name, model, stages, evals"
         start = Fault(document.name, message, "start from one: burnish cp first_steps/quickstart my.yaml")
         raise RecipeError(document.faults or [start])
+    if "base" in data:
+        document = on_base(document, _document)
     expand(document)
     override(document, overrides)
     expand(document)

@@ -86,12 +86,12 @@ def override(document: Document, overrides: Sequence[str]) -> None:
         else:
             seen.add(name.strip())
             try:
-                _put(document, name.strip().split("."), read(value, place))
+                put(document, name.strip().split("."), read(value, place))
             except RecipeError as error:
                 document.faults.extend(error.faults)
 
 
-def _put(document: Document, parts: list[str], value: Document) -> None:
+def put(document: Document, parts: list[str], value: Document) -> None:
     """Walk to the place of an override, making the mappings on the way, and leave its value there."""
     container, key = document.data, cast(Key, ())
     for i, part in enumerate(parts):

@@ -182,6 +182,32 @@ class Rewards(Section):
     workers: int = Field(default=2, ge=1, description="child processes for each function of yours", examples=[2])
 
 
+class Curriculum(Section):
+    """Prompts whose running pass rate is between low and high, and those not drawn yet, are drawn more often.
+
+    priority  band: those within `favour` times as often as the others; variance: in proportion to p (1 - p), from once for
+              what never or always passes to `favour` times for what passes half the time
+    """
+
+    priority: Literal["band", "variance"] = Field(default="band", description="band or variance", examples=["band"])
+    low: float = Field(default=0.0, ge=0, lt=1, description="a pass rate from 0 to below 1, itself too low", examples=[0.0])
+    high: float = Field(default=1.0, gt=0, le=1, description="a pass rate above 0, up to 1, itself too high", examples=[1.0])
+    favour: float = Field(default=4.0, gt=1, description="how many times as often, a number above 1", examples=[4])
+    memory: float = Field(
+        default=0.5, ge=0, lt=1, description="how much of a running rate stays when a prompt is drawn again, from 0 to below 1", examples=[0.5]
+    )
+    above: float = Field(default=0.5, description="a number: a reward above it is a pass", examples=[0.5])
+
+
+class Screen(Section):
+    """Measure every prompt's pass rate once, before the first round, and leave out what is not between low and high."""
+
+    samples: int = Field(default=8, ge=1, description="completions of each prompt to measure by, 1 or more", examples=[8])
+    low: float = Field(default=0.0, ge=0, lt=1, description="a pass rate from 0 to below 1, itself too low", examples=[0.0])
+    high: float = Field(default=1.0, gt=0, le=1, description="a pass rate above 0, up to 1, itself too high", examples=[1.0])
+    above: float = Field(default=0.5, description="a number: a reward above it is a pass", examples=[0.5])
+
+
 class Rollouts(Section):
     """How completions are drawn to be learned from. A round draws for `train.batch_rows` prompts."""
 
@@ -213,6 +239,10 @@ class Rollouts(Section):
     )
     updates: int = Field(default=1, ge=1, description="optimiser steps that share a round's prompts, 1 or more", examples=[1])
     passes: int = Field(default=1, ge=1, description="how often a round is learned from, 1 or more", examples=[1])
+    curriculum: Curriculum | None = Field(
+        default=None, description="a mapping with low, high, favour ..., or null: prompts in epochs", examples=["{favour: 4}"]
+    )
+    screen: Screen | None = Field(default=None, description="a mapping with samples, low, high, or null: every prompt", examples=["{samples: 8}"])
 
 
 class Stage(Section):
@@ -320,6 +350,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "stages.<name>.rewards.use": Reward,
     "stages.<name>.rewards.route": Route,
     "stages.<name>.rollouts": Rollouts,
+    "stages.<name>.rollouts.curriculum": Curriculum,
+    "stages.<name>.rollouts.screen": Screen,
     "evals.<name>": Eval,
     "budget": Budget,
     "report": Report,

@@ -35,7 +35,11 @@ from burnish.core.signature import (
 )
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "method": ("burnish.methods.supervised:METHODS", "burnish.maths.settings:POLICY_GRADIENT"),
+    "method": (
+        "burnish.methods.supervised:METHODS",
+        "burnish.maths.settings:POLICY_GRADIENT",
+        "burnish.methods.rejection:REJECTION",
+    ),
     "weights": ("burnish.maths.weights:WEIGHTS",),
     "schedule": ("burnish.train.schedules:SCHEDULES",),
     "adapter": ("burnish.models.adapters:ADAPTERS",),

@@ -10,7 +10,6 @@ in the normaliser. What was drawn is written to `trajectories/` and read back by
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal
@@ -32,12 +31,12 @@ from burnish.maths.controls import Coefficients
 from burnish.maths.divergences import k3
 from burnish.maths.head import Objective, WithEntropy
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
-from burnish.methods.rounds import Question, Round, Rounds, Sample, group_of, tree_of, write_credit
+from burnish.methods.curriculum import Prompts
+from burnish.methods.rounds import Question, Round, Rounds, Sample, group_of, retire, tree_of, write_credit
 from burnish.models.reference import Reference
 from burnish.rewards.scoring import Rewards
 from burnish.train.method import Hooks, Work
 
-KEPT_ROUNDS = 50  # of trajectories on disk, besides those whose number is 0 or a power of two
 # what a round can make; the rest of what the algebra may want has to come from a reward or a critic
 MADE = frozenset(
     {"unit", "group", "reward", "known", "finished", "old_logprobs", "sampler_logprobs", "ref_logprobs", "greedy_reward", "reward_trace"}
@@ -52,8 +51,8 @@ class PolicyGradient(Hooks):
 
     def __init__(
         self, setting: Setting, questions: Sequence[Question], rewards: Rewards, sampling: Sampling, *, group_size: int, updates: int,
-        passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int], refill: int = 0,
-        cushion: int | None = None, old_logprobs: Literal["auto", "sampler", "trainer"] = "auto",
+        passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int], prompts: Prompts,
+        refill: int = 0, cushion: int | None = None, old_logprobs: Literal["auto", "sampler", "trainer"] = "auto",
     ) -> None:  # fmt: skip
         self.setting, self.questions, self.rewards, self.sampling = setting, questions, rewards, sampling
         self.group_size, self.updates, self.passes = group_size, updates, passes
@@ -72,14 +71,14 @@ class PolicyGradient(Hooks):
         self.trace: list[float] | None = None
         self.coefficients = Coefficients.of(setting)
         self.dead_rounds = 0
+        self.prompts = prompts
         self.rounds = Rounds(
-            questions, rewards, sampling, sampler, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs,
+            questions, rewards, sampling, prompts, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs,
             refill=refill, cushion=cushion, entropic="entropy" in self.needs,
         )  # fmt: skip
         self._drawn: tuple[int, str] | None = None  # the round in hand and the version of the weights that drew it
         self._moved = (0.0, 0)  # KL(old || policy) summed over tokens of a round's last pass, and their number
         self._measured: Tensor | None = None
-        self._told: set[str] = set()
         self._now = setting  # with the coefficients of this step
         self._round: Round | None = None
         self._reference: Reference | None = None
@@ -118,13 +117,14 @@ class PolicyGradient(Hooks):
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the step."""
         return {"trace": self.trace, "coefficients": self.coefficients.to_json(), "dead_rounds": self.dead_rounds, "drawn": self._drawn,
-                "moved": self._moved}  # fmt: skip
+                "moved": self._moved, "prompts": self.prompts.state()}  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.trace, self.dead_rounds = state["trace"], state["dead_rounds"]
         self.coefficients = Coefficients.from_json(state["coefficients"])
         self._drawn = None if state["drawn"] is None else (state["drawn"][0], state["drawn"][1])
         self._moved = (state["moved"][0], state["moved"][1])
+        self.prompts.load(state["prompts"])
 
     def batches(self, step: int) -> Iterator[Work]:
         rows = self.sampler.batch_rows // self.updates
@@ -196,20 +196,27 @@ class PolicyGradient(Hooks):
 
     def _draw(self, policy: Any, number: int, work: Work) -> Round:
         """A new round, counted, logged and kept on disk."""
+        if self.prompts.unscreened:
+            self._screen(policy, work)
         found = self.rounds.draw(policy, number)
+        work.facts |= emit(**self.prompts.saw(found))
         self._drawn = number, found.version
         self.dead_rounds = self.dead_rounds + 1 if found.dead else 0
         work.spend += found.spend
         work.facts |= found.facts | emit(dead_rounds=self.dead_rounds)
-        for notice in found.notices:
-            kind = re.sub(r"[\d.,]+", "", notice)
-            if kind not in self._told:
-                self._told.add(kind)
-                work.notices.append(notice)
+        work.notices += self.rounds.news(found)
         if self._folder is not None:
             found.write(self._folder.trajectories(number))
-            self._retire(number)
+            retire(self._folder, number)
         return found
+
+    def _screen(self, policy: Any, work: Work) -> None:
+        """Measure the pass rate of every prompt, once, and leave out those that are not within."""
+        assert self.prompts.screen is not None
+        measured = self.rounds.draw(policy, -1, chosen=range(len(self.questions)), group_size=self.prompts.screen.samples)
+        work.spend += measured.spend
+        work.notices += self.rounds.news(measured)
+        work.facts |= emit(screened_prompts=self.prompts.screened(measured))
 
     def _read(self, number: int) -> Round:
         """The round in which a run was interrupted. What other weights drew is refused, never learned from."""
@@ -222,12 +229,6 @@ class PolicyGradient(Hooks):
             message = f"holds round {found.number}, drawn with weights {found.version}; the checkpoint is inside {wanted}"
             raise DataError(message, where=str(path), remedy="put back the folder's own file, or start the stage again")
         return found
-
-    def _retire(self, number: int) -> None:
-        old = number - KEPT_ROUNDS
-        if self._folder is not None and old > 0 and old & (old - 1):
-            for path in self._folder.of_round(old):
-                path.unlink()
 
     def _columns(self, policy: Any, work: Work, drawn: Round, part: range, *, fresh: bool) -> None:
         """The batch of these questions, its captured columns, and what can be left out of it. `fresh`: seen for the first
@@ -352,6 +353,7 @@ def build(
     )
     return PolicyGradient(
         setting, questions, rewards, sampling, group_size=rollouts.group_size, updates=rollouts.updates, passes=rollouts.passes,
-        sampler=sampler, total_steps=total_steps, seed=seed, prepared=prepared, end_ids=end_ids, refill=rollouts.refill,
-        cushion=rollouts.overlong_cushion, old_logprobs=rollouts.old_logprobs,
+        sampler=sampler, total_steps=total_steps, seed=seed, prepared=prepared, end_ids=end_ids,
+        prompts=Prompts(sampler, rollouts.curriculum, rollouts.screen), refill=rollouts.refill, cushion=rollouts.overlong_cushion,
+        old_logprobs=rollouts.old_logprobs,
     )  # fmt: skip

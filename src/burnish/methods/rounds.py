@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from burnish.core.errors import DataError
 from burnish.core.metrics import emit
 from burnish.core.records import Sampling, Spend, Trajectory
-from burnish.core.runs import write_atomic
+from burnish.core.runs import StageFolder, write_atomic
 from burnish.core.seeds import derive
-from burnish.data.sampler import Sampler
 from burnish.engines.local.engine import LocalEngine
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
@@ -30,18 +30,19 @@ from burnish.methods.steps import Step, step_rewards, token_ends
 from burnish.models.scoring import score
 from burnish.rewards.scoring import Breakdown, Rewards
 
+KEPT_ROUNDS = 50  # of trajectories on disk, besides those whose number is 0 or a power of two
+FAR = 1 << 32  # batches ahead in the order of prompts: where those that replace dead groups are taken from
+
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt: its ids, what rewards are shown of it, and the columns its row carries."""
+    """One prompt: its ids, what rewards are shown of it, and the columns its row carries. `hinted`: ids that tell its answer."""
 
     ids: tuple[int, ...]
     shown: Any
     columns: Mapping[str, Any]
     where: str
-
-
-FAR = 1 << 32  # batches ahead in the order of prompts: where those that replace dead groups are taken from
+    hinted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Sample:
         return (*self.steps[:-1], (self.steps[-1][0], self.steps[-1][1] + self.penalty))
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value != OPTIONAL.get(name)}
+        return {name: value for name, value in asdict(self).items() if name not in OPTIONAL or value != OPTIONAL[name]}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Sample:
@@ -103,7 +104,10 @@ def undecided(group: Sequence[Sample]) -> bool:
 
 @dataclass
 class Round:
-    """What one round drew: for each question its samples and, where asked for, the reward of its greedy answer."""
+    """What one round drew: for each question its samples and, where asked for, the reward of its greedy answer.
+
+    replaced  (question, its samples) that a refill put others in the place of; not kept on disk
+    """
 
     number: int
     version: str
@@ -113,6 +117,7 @@ class Round:
     spend: Spend
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     notices: list[str] = field(default_factory=list[str])
+    replaced: list[tuple[int, list[Sample]]] = field(default_factory=list[tuple[int, list[Sample]]])
 
     @property
     def dead(self) -> bool:
@@ -139,6 +144,12 @@ class Round:
         return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], spend, head["facts"], head["notices"])
 
 
+class Batches(Protocol):
+    """Which prompts each round draws for."""
+
+    def batch(self, number: int, /) -> Sequence[int]: ...
+
+
 @dataclass
 class Rounds:
     """Where rounds come from. Raises, in `draw`, DataError for completions of other weights or without log-probs, and what
@@ -154,7 +165,7 @@ class Rounds:
     questions: Sequence[Question]
     rewards: Rewards
     sampling: Sampling
-    sampler: Sampler
+    sampler: Batches
     group_size: int
     seed: int
     end_ids: Sequence[int]
@@ -165,57 +176,74 @@ class Rounds:
     entropic: bool = False
     poll: Callable[[], None] | None = None
     engine: LocalEngine | None = None
+    _told: set[str] = field(default_factory=set[str])
 
-    def draw(self, policy: Any, number: int) -> Round:
+    def news(self, drawn: Round) -> list[str]:
+        """What rewards noticed in a round and, numbers apart, in none before it."""
+        fresh: list[str] = []
+        for notice in drawn.notices:
+            kind = re.sub(r"[\d.,]+", "", notice)
+            if kind not in self._told:
+                self._told.add(kind)
+                fresh.append(notice)
+        return fresh
+
+    def draw(self, policy: Any, number: int, *, chosen: Sequence[int] | None = None, group_size: int | None = None, hinted: bool = False) -> Round:
         """Sample groups with the present weights and score them; then, where asked for, others in place of dead ones.
+
+        chosen  these questions in place of the round's own: none is replaced, and the trainer scores nothing
+        hinted  whether they are asked with their answers told
 
         Prompts that replace others come from far ahead in the same order of prompts, so that the round is a pure
         function of the weights and its number and takes none from the rounds to come. What is logged of rewards is what
         was drawn first: selection would flatter it.
         """
+        own, size = chosen is None, group_size or self.group_size
         policy.train(False)
         if self.engine is None or self.engine.policy is not policy:
             self.engine = LocalEngine(policy, end_ids=self.end_ids)
         engine = self.engine
         engine.poll = self.poll
         before, version = engine.spend, engine.weights_version
-        chosen = [int(i) for i in self.sampler.batch(number)]
-        groups, greedy, found = self._groups(policy, chosen, derive(self.seed, "rollouts", number))
+        asked = [int(i) for i in (self.sampler.batch(number) if chosen is None else chosen)]
+        groups, greedy, found = self._groups(policy, asked, derive(self.seed, "rollouts", number), size, hinted=hinted)
         facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
         facts |= _facts([s for group in groups for s in group], groups)
         if len(found.components) > 1:
             facts |= emit(components=_without_seconds(found.stats["components"]))
         if self.cushion is not None:
             facts |= emit(overlong_penalty=sum(s.penalty for group in groups for s in group) / sum(map(len, groups)))
-        refilled = 0
-        for attempt in range(self.refill):
+        replaced: list[tuple[int, list[Sample]]] = []
+        for attempt in range(self.refill if own else 0):
             spent = [q for q, group in enumerate(groups) if undecided(group)]
-            others = [i for i in self.sampler.batch(FAR + number * self.refill + attempt) if i not in chosen]
+            others = [i for i in self.sampler.batch(FAR + number * self.refill + attempt) if i not in asked]
             places = dict(zip(spent, others))
             if not places:
                 break
             seed = derive(self.seed, "refill", number, attempt)
-            fresh, plain, _ = self._groups(policy, list(places.values()), seed)
+            fresh, plain, _ = self._groups(policy, list(places.values()), seed, size)
             for place, (q, question) in enumerate(places.items()):
-                chosen[q], groups[q] = question, fresh[place]
+                replaced.append((asked[q], groups[q]))
+                asked[q], groups[q] = question, fresh[place]
                 if self.greedy:
                     greedy[q] = plain[place]
-            refilled += len(places)
-        if self.refill:
-            facts |= emit(refilled_groups=refilled)
+        if self.refill and own:
+            facts |= emit(refilled_groups=len(replaced))
         spend = Spend(*(b - a for a, b in zip(asdict(before).values(), asdict(engine.spend).values())))
-        if self.rescored or self.entropic:
-            groups, more = self._scored(policy, chosen, groups)
+        if own and (self.rescored or self.entropic):
+            groups, more = self._scored(policy, asked, groups)
             spend += more
-        return Round(number, version, chosen, groups, greedy, spend, facts, list(found.stats["warnings"]))
+        return Round(number, version, asked, groups, greedy, spend, facts, list(found.stats["warnings"]), replaced)
 
-    def _groups(self, policy: Any, chosen: Sequence[int], seed: int) -> tuple[list[list[Sample]], list[float | None], Breakdown]:
+    def _groups(
+        self, policy: Any, chosen: Sequence[int], seed: int, size: int, *, hinted: bool = False
+    ) -> tuple[list[list[Sample]], list[float | None], Breakdown]:
         """The groups of these questions, the rewards of their greedy answers where asked for, and what rewards said."""
         engine = self.engine
         assert engine is not None
         version = engine.weights_version
-        nodes = engine.prefill_many([self.questions[i].ids for i in chosen])
-        rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(self.group_size)]
+        nodes = engine.prefill_many([self.questions[i].hinted if hinted else self.questions[i].ids for i in chosen])
+        rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(size)]
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
         drawn = engine.sample([node for node, _ in rows], sampling, [key for _, key in rows])
         plain: list[Trajectory] = []
@@ -255,7 +283,7 @@ class Rounds:
             by_step = step_rewards(parts, self.rewards.weights, process, ends[i]) if ends else ()
             values = {name: one.value for name, one in parts.items()}
             samples.append(Sample(t.completion, t.logprobs or (), t.finish, t.text, values, found.total[i].value, penalties[i], by_step))
-        split = [samples[q * self.group_size : (q + 1) * self.group_size] for q in range(len(nodes))]
+        split = [samples[q * size : (q + 1) * size] for q in range(len(nodes))]
         return split, [s.worth for s in samples[len(rows) :]], found
 
     def _scored(self, policy: Any, chosen: Sequence[int], groups: list[list[Sample]]) -> tuple[list[list[Sample]], Spend]:
@@ -294,6 +322,14 @@ def all_dead(limit: int, state: Any, row: Mapping[str, Any]) -> str | None:
     if row.get("dead_rounds", 0) < limit:
         return None
     return f"dead rounds: in {row['dead_rounds']} rounds in a row every group's rewards were all equal, so nothing was learned"
+
+
+def retire(folder: StageFolder, number: int) -> None:
+    """Remove the files of the round that is too old to be kept once round `number` is written."""
+    old = number - KEPT_ROUNDS
+    if old > 0 and old & (old - 1):
+        for path in folder.of_round(old):
+            path.unlink()
 
 
 def tree_of(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[int]) -> Tree:

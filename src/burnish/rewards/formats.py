@@ -145,7 +145,7 @@ FORMATS = Table(
     },
     also={"think_format": "think", "format": "think", "ngram": "repetition", "max_length": "length_cap", "l1": "length_target"},
     about={
-        "think": About(taxonomy=("P18", "R3"), paper="arXiv:2501.12948", year=2025),
+        "think": About(taxonomy=("P16", "P18", "R3"), paper="arXiv:2501.12948", year=2025),
         "language": About(taxonomy=("P18", "R3"), paper="arXiv:2501.12948", year=2025),
         "repetition": About(taxonomy=("R3",), paper="arXiv:2502.03373", year=2025),
         "length_cap": About(taxonomy=("R3",)),

@@ -201,7 +201,9 @@ def one_step(
         state.ledger.spend(work.spend, "prepare")
         work.seconds["prepare"] = time.perf_counter() - begin - work.seconds.get("reward", 0.0)
     policy.train()
-    rate = settings.learning_rate * schedule(state.step, method.total_steps)
+    rate = settings.learning_rate * schedule(*(work.part or (state.step, method.total_steps)))
+    if work.restart is not None:
+        optimiser.restart(work.restart)
     if work.made is None:  # nothing in it has a gradient: counted, and no update is made
         state.step += 1
         return emit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ class Work:
     """One optimiser batch. `columns` are captured tensors in the batch's entry order [M] or unit order [units].
 
     made   None until `prepare` where a method makes its own data, and after it where there is nothing to learn from it
+    part     (step, steps) of the part of the stage its learning rate is scheduled over; None: the whole stage
+    restart  weights by name to begin again from, without moments; None: go on
     spend    what making it cost an engine; facts: metrics of it besides the loop's own; notices: what a person should know
     seconds  phase -> the wall time of `prepare` that is not the training's own
     """
@@ -31,6 +33,8 @@ class Work:
     epoch: float = 0.0
     columns: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
+    part: tuple[int, int] | None = None
+    restart: Mapping[str, Tensor] | None = None
     spend: Spend = field(default_factory=Spend)
     facts: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -56,8 +60,21 @@ class Material(Protocol):
 
     def sampler(self, rows: int) -> Sampler: ...
 
+    def questions(self, hint: str | None = None) -> tuple[Prepared, list[Any]]:
+        """(the rows as prompts, the same as `methods.rounds.Question`). Raises DataError."""
+        ...
+
     def steps(self, sampler: Sampler) -> int:
         """Optimiser steps of the whole stage."""
+        ...
+
+    def seed(self, purpose: str) -> int:
+        """A seed of this stage's own."""
+        ...
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """What ends a completion."""
         ...
 
 

@@ -131,6 +131,14 @@ class Optimiser:
                     self.optim.state[master] = state
         self.refresh()
 
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin again from these weights, by the names of `working`, without moments."""
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(weights[name])
+        self.optim.state.clear()
+        self.refresh()
+
     def close(self) -> None:
         """Take the hooks off the policy and release gradients."""
         for hook in self._hooks:
