@@ -2,7 +2,8 @@
 
 Peak memory is the kernel's high-water mark of everything since the process began: imports, loading, one step. The longest
 sequence is searched in a process whose weights and optimiser are already there: each probe is one step on one sequence,
-half prompt, and its own high-water mark.
+half prompt, and its own high-water mark. burnish is told the limit (`train.memory_bytes`), which is a sequence's only plan;
+TRL has no such setting and runs at its defaults, which recompute layers in the backward.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def longest_case(session: Session, mode: str, vocabulary: int, file: object) -> 
 
                 def step(tokens: int, child: Child = child, system: str = system) -> Answer:
                     rows = [data.row(random.Random(3), tokens, vocabulary, 0.5)]
-                    done = child.ask("step", **{"given" if system == "theirs" else "rows": rows})
+                    done = child.ask("step", given=rows) if system == "theirs" else child.ask("step", rows=rows, limit=limit)
+                    if "refused" in done:  # burnish says so beforehand: it does not fit
+                        done |= {"peak_step_bytes": float("inf"), "loss": float("nan")}
                     session.say(f"    {mode}, {system}: {tokens} tokens, {done['peak_step_bytes'] / 1e9:.2f} GB, {done['seconds']:.1f} s")
                     return done
 
@@ -122,7 +125,7 @@ def longest_case(session: Session, mode: str, vocabulary: int, file: object) -> 
                 losses[system] = step(first)["loss"]  # the optimiser's state is made by the first step
                 found[system] = longest(probe, limit, first, most, reach=float("inf") if system == "theirs" else REACH)
         case |= {"tokens": {s: f["tokens"] for s, f in found.items()}, "how": {s: f["how"] for s, f in found.items()},
-                 "probes": {s: f["probes"] for s, f in found.items()}, "limit_gb": LIMIT_GB[mode]}  # fmt: skip
+                 "probes": {s: {n: b if b < float("inf") else "refused" for n, b in f["probes"].items()} for s, f in found.items()}, "limit_gb": LIMIT_GB[mode]}  # fmt: skip
         if "at least" in case["how"].values():
             case["not_measured"] = f"no line through one probe: {case['how']}"
         elif case["tokens"]["theirs"] > 0:

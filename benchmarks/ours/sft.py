@@ -2,6 +2,7 @@
 
     {"do": "prepare", "model": FOLDER, "mode": "full" | "lora", "threads": 2}
     {"do": "step", "rows": [{"input_ids": [...], "completion_mask": [...]}, ...]}       one optimiser step on these rows
+    {"do": "step", "rows": [...], "limit": BYTES}        planned anew, as a run with `train.memory_bytes: BYTES` would; or {"refused": why}
 
 Dtype and micro-batch are what `auto` in a recipe gives (measured and decided in the first step); a step's `peak_step_bytes` is the most resident during it.
 """
@@ -50,9 +51,11 @@ def prepare(*, model: str, mode: str, threads: int) -> Answer:
     }
 
 
-def step(*, rows: list[dict[str, list[int]]]) -> Answer:
+def step(*, rows: list[dict[str, list[int]]], limit: float | None = None) -> Answer:
+    from burnish.core.errors import MachineError
     from burnish.core.records import Rendered
     from burnish.train.loop import one_step
+    from burnish.train.memory import Memory
     from burnish.train.schedules import constant
 
     policy, method, state = held["policy"], held["method"], held["state"]
@@ -61,7 +64,14 @@ def step(*, rows: list[dict[str, list[int]]]) -> Answer:
     begin = time.perf_counter()
     rendered = [Rendered(tuple(r["input_ids"]), tuple(map(bool, r["completion_mask"])), str(i)) for i, r in enumerate(rows)]
     work = method.work(rendered)
-    row = one_step(policy, method, held["optimiser"], held["settings"], constant, held["memory"], state, work, policy.shape)
+    if limit is not None:
+        held["memory"] = Memory(limit=int(limit))
+    try:
+        row = one_step(policy, method, held["optimiser"], held["settings"], constant, held["memory"], state, work, policy.shape)
+    except MachineError as error:
+        if limit is None:
+            raise
+        return {"refused": str(error), "seconds": time.perf_counter() - begin, "peak_step_bytes": memory("VmHWM")}
     seconds = time.perf_counter() - begin
     spent = {k: v - before.get(k, 0) for k, v in state.ledger.counted["train"].items()}
     return {
