@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 
 from burnish.config.faults import Key
-from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rewards, Source, Stage
+from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rewards, Rollouts, Source, Stage
 from burnish.core.grammar import parse
 from burnish.core.signature import Inputs
-from burnish.core.table import describe_row, did_you_mean
+from burnish.core.table import RowDescription, describe_row, did_you_mean
 
 Problem = tuple[Key, str, str | None]  # the key at fault, what is wrong, what to type instead
 
@@ -76,6 +76,7 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
     draws = {"advantage", "surrogate"} <= {p.name for p in row.parameters}  # a point of the policy-gradient algebra
     takes = draws or "rewards" in row.inputs
     yield from _rollouts(key, stage, draws)
+    yield from _critic(key, stage, row)
     if takes and stage.rewards is None:
         yield (*key, "method"), f"{stage.method.name!r} learns from rewards, and there are none", "add rewards: [number]"
     if stage.rewards is not None:
@@ -108,6 +109,33 @@ def _rollouts(key: Key, stage: Stage, draws: bool) -> Iterator[Problem]:
     if block is not None and train.batch_rows % block.updates:
         message = f"{train.batch_rows} prompts of a round cannot be split evenly over {block.updates} updates"
         yield (*key, "rollouts", "updates"), message, f"type a divisor of {train.batch_rows}"
+
+
+def _critic(key: Key, stage: Stage, row: RowDescription) -> Iterator[Problem]:
+    """A critic for a method without values, and numbers of it that cannot be meant."""
+    block, at = stage.critic, (*key, "critic")
+    if block is None:
+        return
+    if not takes_values(stage.method.params.get("advantage"), row):
+        yield at, f"{stage.method.name!r} takes no values: a critic would do nothing", "remove critic, or type method: ppo"
+        return
+    if stage.train.steps is not None and block.pretrain_steps >= stage.train.steps:
+        message = f"{block.pretrain_steps} of {stage.train.steps} steps for the critic alone: the policy would never move"
+        yield (*at, "pretrain_steps"), message, f"type less than {stage.train.steps}"
+    if block.prune is not None and stage.rollouts is not None and stage.rollouts.stop:
+        message = "rollouts that are drawn in chunks see no stop string that lies across two"
+        yield (*at, "prune"), message, "remove rollouts.stop, or prune"
+    most = (stage.rollouts or Rollouts()).max_new_tokens
+    if block.prune is not None and block.prune.chunk_tokens >= most:
+        message = f"completions end at {most} tokens, before the first look at {block.prune.chunk_tokens}: none would be cut"
+        yield (*at, "prune", "chunk_tokens"), message, f"type less than {most}"
+
+
+def takes_values(advantage: str | None, row: RowDescription) -> bool:
+    """Whether a method, with the user's own advantage where given, wants a critic's value of every state."""
+    published = {p.name: p.default for p in row.parameters}
+    chosen = advantage or published.get("advantage")
+    return chosen is not None and "value" in describe_row("advantage", chosen).inputs
 
 
 def rewards_against(block: Rewards, key: Key = ()) -> Iterator[Problem]:

@@ -22,6 +22,7 @@ from burnish.core.records import Sampling, Spend, Trajectory
 from burnish.core.runs import write_atomic
 from burnish.core.seeds import derive
 from burnish.data.sampler import Sampler
+from burnish.engines.base import Node
 from burnish.engines.local.engine import LocalEngine
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
@@ -52,6 +53,7 @@ class Sample:
     steps               (tokens up to its end, reward or None) of each step, where rewards score steps
     old_logprobs        of its tokens by the trainer, before any step of the round; empty where not asked for
     entropies           of the policy at its tokens, likewise
+    values              of a critic as the round began: of the state before each token, then of the state after the last
     """
 
     tokens: tuple[int, ...]
@@ -64,6 +66,7 @@ class Sample:
     steps: tuple[Step, ...] = ()
     old_logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
 
     @property
     def worth(self) -> float | None:
@@ -82,12 +85,12 @@ class Sample:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Sample:
-        tuples = {name: tuple(row[name]) for name in ("tokens", "logprobs", "old_logprobs", "entropies") if name in row}
+        tuples = {name: tuple(row[name]) for name in ("tokens", "logprobs", "old_logprobs", "entropies", "values") if name in row}
         steps = tuple((end, value) for end, value in row.get("steps", ()))
         return cls(**{**row, **tuples, "steps": steps})
 
 
-OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": ()}  # left out of the file
+OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": (), "values": ()}  # left out of the file
 
 
 def dead(group: Sequence[Sample]) -> bool:
@@ -149,6 +152,7 @@ class Rounds:
     cushion          of `maths.filters.soft_overlong`, in tokens before `max_new_tokens`; None: length costs nothing
     rescored         whether the trainer scores what was sampled, for `old_logprobs`
     entropic         whether it measures entropies
+    sample           what draws in the engine's place: (engine, nodes, sampling, keys) -> trajectories
     """
 
     questions: Sequence[Question]
@@ -165,6 +169,7 @@ class Rounds:
     entropic: bool = False
     poll: Callable[[], None] | None = None
     engine: LocalEngine | None = None
+    sample: Callable[[LocalEngine, Sequence[Node], Sampling, Sequence[tuple[int, int]]], list[Trajectory]] = LocalEngine.sample
 
     def draw(self, policy: Any, number: int) -> Round:
         """Sample groups with the present weights and score them; then, where asked for, others in place of dead ones.
@@ -217,7 +222,7 @@ class Rounds:
         nodes = engine.prefill_many([self.questions[i].ids for i in chosen])
         rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(self.group_size)]
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
-        drawn = engine.sample([node for node, _ in rows], sampling, [key for _, key in rows])
+        drawn = self.sample(engine, [node for node, _ in rows], sampling, [key for _, key in rows])
         plain: list[Trajectory] = []
         if self.greedy:
             greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
