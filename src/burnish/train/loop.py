@@ -291,7 +291,8 @@ def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: Mod
     done = Done()
     for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
         for run in method.forwards(policy, work, micro):  # one after the other: activations of one stand at a time
-            run.policy.checkpoint(plan.checkpointing)
+            if run.policy is not policy and run.on_rows is not None and run.on_rows.through_body:
+                run.policy.checkpoint(plan.checkpointing)
             try:
                 out = forward_backward(run.policy, micro, run.objective, run.couple, on_rows=run.on_rows)
             except Exception as error:
