@@ -265,8 +265,11 @@ def test_pretraining_moves_the_critic_and_not_one_bit_of_the_policy(critic: dict
 
 
 def test_a_completion_without_a_gradient_of_its_own_still_teaches_the_critic(tmp_path: Path) -> None:
-    _, _, rows = train(tmp_path / "00-rl", method={"name": "a2c"}, rewards={"name": "length_cap", "cap": 1000}, steps=1)
-    assert rows[0]["live_samples"] == 1
+    """Reward 0 where the critic says 0: no advantage, and a value to confirm."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def nothing(prompts, completions, **rest):\n    return [0.0] * len(prompts)\n")
+    _, _, rows = train(tmp_path / "00-rl", method="a2c", rewards=f"{mine}:nothing", steps=1)
+    assert rows[0]["advantage_std"] == 0 and rows[0]["live_samples"] == 1 and rows[0]["value_loss"] == 0
 
 
 def test_the_penalty_follows_how_far_the_policy_went(tmp_path: Path) -> None:
