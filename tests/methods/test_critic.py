@@ -170,7 +170,7 @@ def test_targets_are_the_returns_of_a_plain_loop(truncated: Any) -> None:
     }  # fmt: skip
     columns |= valued.columns(samples, columns)
     work = Work(None, rows=1)
-    made = valued.targets(work, columns)
+    made = valued.targets(setting, work, columns)
     # a cut completion is worth its reward, or what the critic says of its end
     last = 0.25 if truncated == "scored" else 0.9 * 0.5
     want, monte_carlo = [], []
@@ -275,9 +275,9 @@ def test_a_completion_without_a_gradient_of_its_own_still_teaches_the_critic(tmp
 def test_the_penalty_follows_how_far_the_policy_went(tmp_path: Path) -> None:
     """With one step a round the log-probs seen are at ratio 1: what is measured is after the update."""
     _, _, far = train(tmp_path / "00-far", method={"name": "ppo_kl", "penalty_target": 1e-9})
-    assert [row["penalty_coef"] for row in far] == [1, 2, 4, 8] and all(row["old_policy_kl"] > 1.5e-9 for row in far[1:])
+    assert [row["penalty_coef"] for row in far] == [1, 2, 4, 8] and all(row["policy_moved"] > 1.5e-9 for row in far[1:])
     _, _, near = train(tmp_path / "01-near", method={"name": "ppo_kl", "penalty_target": 1e3})
-    assert [row["penalty_coef"] for row in near] == [1, 0.5, 0.25, 0.125] and "old_policy_kl" not in near[0]
+    assert [row["penalty_coef"] for row in near] == [1, 0.5, 0.25, 0.125] and "policy_moved" not in near[0]
     _, _, still = train(tmp_path / "02-still", method={"name": "ppo_kl", "penalty_target": 1e-9}, critic={"pretrain_steps": 2})
     assert [row["penalty_coef"] for row in still] == [1, 1, 1, 2]  # it did not move while the critic learned alone
 
