@@ -37,11 +37,13 @@ class InOrder:
 class Evenness:
     """`rewards.scoring.Rewards` with one component that needs no process."""
 
+    cut, components, process, seconds = None, (), False, 0.0
+
     def score(self, prompts: Any, completions: Any, columns: Any, groups: Any = None) -> Any:
         from burnish.core.records import Scored
 
         found = [Scored(reward_of(ids)) for ids in columns["completion_ids"]]
-        return SimpleNamespace(components={"even": found}, total=found, stats={"total": {}})
+        return SimpleNamespace(components={"even": found}, total=found, stats={"total": {}, "warnings": ()})
 
     def close(self) -> None: ...
 
@@ -83,7 +85,7 @@ def begin_stage(prompts: Sequence[Sequence[int]]) -> None:
         critic=Critic(),
     )  # fmt: skip
     method.start(policy, None, lambda: None)
-    held.update(method=method, sample=method.rounds.sample, optimiser=Optimiser(policy, learning_rate=LEARNING_RATE, beside=method.beside(LEARNING_RATE)))
+    held.update(method=method, optimiser=Optimiser(policy, learning_rate=LEARNING_RATE, beside=method.beside(LEARNING_RATE)))
 
 
 def questions_of(prompts: Sequence[Sequence[int]]) -> list[Any]:
@@ -124,7 +126,7 @@ def step(*, prompts: list[list[int]], lengths: list[int], given: list[list[int]]
     method, state, policy = held["method"], held["state"], held["policy"]
     held["lengths"], method.questions = lengths, questions_of(distinct)
     method.rounds.questions = method.questions
-    method.rounds.sample = held["sample"] if given is None else as_given(given)
+    method.rounds.sample = None if given is None else as_given(given)
     before = flops_of(state)
     work = next(method.batches(state.step))
     row = one_step(policy, method, held["optimiser"], held["settings"], constant, held["memory"], state, work, policy.shape)

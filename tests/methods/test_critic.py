@@ -155,7 +155,7 @@ def test_the_whole_loss_is_that_of_a_plain_ppo_on_padded_rows(trunk: str) -> Non
 
 def sample(values: list[float], finish: str, total: float | None) -> Sample:
     n = len(values) - 1
-    return Sample(tuple(range(n)), (-0.5,) * n, finish, "", {"r": total}, total, tuple(values))
+    return Sample(tuple(range(n)), (-0.5,) * n, finish, "", {"r": total}, total, values=tuple(values))
 
 
 @pytest.mark.parametrize("truncated", ["scored", "bootstrapped"])
@@ -208,7 +208,8 @@ def test_a_critic_comes_to_explain_what_can_be_seen(critic: dict[str, Any], at_l
     assert sum(explained[-3:]) / 3 > at_least
     assert rows[-1]["value_loss"] < rows[0]["value_loss"] / 2
     counted = read_json(StageFolder(tmp_path / "00-rl").ledger)["counted"]
-    assert counted["score"]["scored_tokens"] == counted["decode"]["sampled_tokens"]  # one pass for the values
+    scored, sampled = (sum(phase.get(name, 0) for phase in counted.values()) for name in ("scored_tokens", "sampled_tokens"))
+    assert scored == sampled > 0  # one pass for the values
     assert FILE in method.exports()
 
 

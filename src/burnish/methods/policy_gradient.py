@@ -206,10 +206,7 @@ class PolicyGradient(Hooks):
         """
         if self.setting.penalty_target is None:
             return
-        if self._round is None or self._round.number != number:
-            assert self._folder is not None
-            self._round = Round.read(self._folder.trajectories(number))
-        learned = self._round
+        learned = self._round if self._round is not None and self._round.number == number else self._read(number)
         trees = [tree_of(self.questions[q].ids, group, range(len(group))) for q, group in zip(learned.questions, learned.groups)]
         found = score(policy, Batch(trees))
         old = torch.tensor([p for group in learned.groups for s in group for p in s.old_logprobs or s.logprobs])

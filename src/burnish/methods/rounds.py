@@ -169,7 +169,7 @@ class Rounds:
     entropic: bool = False
     poll: Callable[[], None] | None = None
     engine: LocalEngine | None = None
-    sample: Callable[[LocalEngine, Sequence[Node], Sampling, Sequence[tuple[int, int]]], list[Trajectory]] = LocalEngine.sample
+    sample: Callable[[LocalEngine, Sequence[Node], Sampling, Sequence[tuple[int, int]]], list[Trajectory]] | None = None
 
     def draw(self, policy: Any, number: int) -> Round:
         """Sample groups with the present weights and score them; then, where asked for, others in place of dead ones.
@@ -222,7 +222,8 @@ class Rounds:
         nodes = engine.prefill_many([self.questions[i].ids for i in chosen])
         rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(self.group_size)]
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
-        drawn = self.sample(engine, [node for node, _ in rows], sampling, [key for _, key in rows])
+        first, keys = [node for node, _ in rows], [key for _, key in rows]
+        drawn = engine.sample(first, sampling, keys) if self.sample is None else self.sample(engine, first, sampling, keys)
         plain: list[Trajectory] = []
         if self.greedy:
             greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
