@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks import cold, head, memory, rollout, sft, tree
+from benchmarks import cold, head, memory, ppo, rollout, sft, tree
 from benchmarks.harness import Case, Criterion, Session
 
 Column = tuple[str, Callable[[Case], str]]
@@ -78,6 +78,9 @@ BENCHES = {
         Bench("B2", "SFT, LoRA of rank 16 on all linear layers, the same rows", sft.b2, sft.b2_criteria, STEP, SFT_NOTE.format(work="loss tokens")),
         Bench("B3", "SFT, equal lengths, every token a label (TRL's best case)", sft.b3, sft.b3_criteria, STEP, SFT_NOTE.format(work="tokens")),
         Bench("B4", "SFT, 8 packed rows of 512 a step, TRL with `packing=True`", sft.b4, sft.b4_criteria, STEP, SFT_NOTE.format(work="tokens")),
+        Bench("B8", "PPO with a value head, one step from prompts to update", ppo.run, ppo.criteria, (*SPEED[:3], *LIMITS, *SPEED[3:]),
+              "Rates are samples a second. The peer is a loop over transformers written for this bench (benchmarks/peers/ppo.py): fp32 weights "
+              "under bf16 autocast; at its best bf16 weights, the head on completion rows alone, rows of like length together."),
         Bench("B9", "Rollouts, skewed lengths", rollout.run, rollout.criteria, (*SPEED[:3], *LIMITS, *SPEED[3:]),
               "Rates are useful tokens a second. Every row has its length beforehand: see benchmarks/rollout.py for how each system is told."),
         Bench("B11", "The head, forward and backward", head.run, head.criteria, (*SPEED[:3], *LIMITS, EXTRA, *SPEED[3:]),

@@ -20,16 +20,12 @@ from benchmarks.protocol import BEGAN, Answer, serve, versions
 held: dict[str, Any] = {}
 
 
-def prepare(*, model: str, threads: int, probe: list[int], setting: str) -> Answer:
+def end_as_told(held: dict[str, Any]) -> None:
+    """From here on every sample of the local engine ends at its own of `held["lengths"]`, and no token ends one."""
     import numpy as np
-    import torch
 
     import burnish.engines.local.engine as local
     from burnish.engines.local.rollout import Rollout
-    from burnish.models.load import load_policy
-
-    imported = time.perf_counter()
-    torch.set_num_threads(threads)
 
     class Ends(Rollout):
         """Samples that end where they are told to."""
@@ -43,8 +39,19 @@ def prepare(*, model: str, threads: int, probe: list[int], setting: str) -> Answ
             return super()._draw(hidden, requests, row, position, self.told[requests])
 
     local.Rollout = Ends  # type: ignore[misc]
+
+
+def prepare(*, model: str, threads: int, probe: list[int], setting: str) -> Answer:
+    import torch
+
+    from burnish.engines.local.engine import LocalEngine
+    from burnish.models.load import load_policy
+
+    imported = time.perf_counter()
+    torch.set_num_threads(threads)
+    end_as_told(held)
     policy = load_policy(model)
-    held["engine"] = engine = local.LocalEngine(policy)
+    held["engine"] = engine = LocalEngine(policy)
     node = engine.prefill(probe)
     score = sum(engine.score([node])[0])
     engine.free(node)

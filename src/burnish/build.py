@@ -313,7 +313,7 @@ def method_of(material: StageMaterial) -> Method:
     steps = material.steps(sampler) * (1 if stage.train.steps is not None else rollouts.updates * rollouts.passes)
     return build_policy_gradient(
         override(row, **yours), questions, build_rewards(stage.rewards or (), None), rollouts, sampler=sampler, total_steps=steps,
-        seed=derive(recipe.seed, "rollouts", stage.name), prepared=prepared, end_ids=material.chat.end_ids,
+        seed=derive(recipe.seed, "rollouts", stage.name), prepared=prepared, end_ids=material.chat.end_ids, critic=stage.critic,
     )  # fmt: skip
 
 

@@ -281,11 +281,13 @@ class _Dry:
                 own |= {"rounds": 2, "prompts": asked} | {name: -1e30 for name in ("threshold",) if name in own}
             else:
                 train = train.model_copy(update={"batch_rows": asked})
+            critic = stage.critic and stage.critic.model_copy(update={"pretrain_steps": 0})
             choice = stage.method.model_validate({"name": stage.method.name, **own})
-            return build_stage(self.recipe, stage.model_copy(update={"rollouts": block, "train": train, "method": choice, "budget": Budget()}), policy)
+            return build_stage(self.recipe, stage.model_copy(update={"rollouts": block, "critic": critic, "train": train, "method": choice, "budget": Budget()}), policy)
 
         def rate(asked: int, limit: int) -> float:
             rounds = miniature(asked, limit).method.rounds
+            rounds.sample = None  # a critic that prunes is not there before the stage starts
             begin = time.perf_counter()
             return rounds.draw(policy, 0).spend.sampled_tokens / (time.perf_counter() - begin)
 
@@ -325,6 +327,8 @@ class _Dry:
         more = (question + members * length) / (question + members * mini.length) * (1 if by_rounds else larger)
         steps = method.total_steps
         taken, live = mini.taken, "as many completions with a gradient as the model's own before the stages had"
+        if stage.critic and stage.critic.pretrain_steps:
+            live += f"; the critic's first {stage.critic.pretrain_steps} steps counted as the others"
         phases.append(
             Phase("train", steps * taken.seconds * more, int(steps * mini.tokens * more), int(steps * taken.useful * more), int(steps * taken.flops * more),
                   **self._rate(taken.flops, taken.seconds), assumed="" if by_rounds else live)
@@ -615,7 +619,7 @@ def _two_rounds(built: Built, policy: Policy, per_round: int) -> _TwoRounds:
         reference = max(0, resident_bytes() - before)
         optimiser = Optimiser(
             policy, learning_rate=0.0, adam_beta1=train.adam_beta1, adam_beta2=train.adam_beta2, adam_epsilon=train.adam_epsilon,
-            weight_decay=train.weight_decay, clip_norm=train.clip_norm,
+            weight_decay=train.weight_decay, clip_norm=train.clip_norm, beside=method.beside(0.0),
         )  # fmt: skip
         state = State()
         learned: list[tuple[float, int, int, int]] = []  # seconds, tokens, useful and executed FLOPs of each step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from benchmarks.cold import BUNDLED
 from benchmarks.harness import Child
 from benchmarks.machine import ROOT
+from benchmarks.ppo import reward_of
 from benchmarks.sft import vocabulary_of
 
 from benchmarks import rows as data
@@ -53,3 +55,19 @@ def test_a_step_trains_on_the_rows_it_was_given(start: Any) -> None:
     assert first["tokens"] == sum(len(r["input_ids"]) for r in rows) and first["loss_tokens"] == sum(sum(r["completion_mask"]) for r in rows)
     assert second["loss"] < first["loss"] and first["useful_flops"] == second["useful_flops"] > 0
     assert first["peak_step_bytes"] > 1e8 and first["plan"] == second["plan"] == "at most 8192 tokens a forward, checkpointing off"
+
+
+def test_a_step_of_ppo_learns_from_the_completions_it_was_given(start: Any) -> None:
+    """A new critic says 0 and the reference is the policy: the return of each token is 0.95^k of the reward, by GAE."""
+    vocabulary = vocabulary_of(BUNDLED)
+    trainer = start("benchmarks.ours.ppo")
+    trainer.ask("prepare", model=str(BUNDLED), group=2, most=8, kl_coef=0.05, threads=1)
+    work = data.rollouts(2, 2, vocabulary, median=4, most=8, prompt=(4, 8))
+    given = [data.ids(random.Random(i), n, vocabulary) for i, n in enumerate(work["lengths"])]
+    first = trainer.ask("step", given=given, **work)
+    returns = [0.95**k * reward_of(ids) for ids in given for k in range(len(ids))]
+    assert first["value_loss"] == pytest.approx(sum(r * r for r in returns) / len(returns) / 2, rel=1e-3)
+    second = trainer.ask("step", **work)
+    for found in (first, second):
+        assert found["samples"] == 4 and found["lengths"] == work["lengths"] and found["tokens"] == sum(work["lengths"])
+        assert found["grad_norm"] > 0 and 0 < found["useful_flops"] <= found["executed_flops"]

@@ -55,7 +55,7 @@ METRICS: dict[str, Metric] = {
     "entropy": Metric("nats", "exact entropy of the policy, mean over this step's tokens"),
     "entropy_coef": Metric("1", "what multiplied the entropy in this step"),
     "penalty_coef": Metric("1", "what multiplied the KL to the old policy in this step, where it adapts"),
-    "policy_moved": Metric("nats", "KL of the policy from the old one, a token, over the last pass of the round before"),
+    "policy_moved": Metric("nats", "KL of the old policy from the one the round before left, a token, on that round's own tokens"),
     "screened_prompts": Metric("1", "share of the prompts that are left after their pass rates were measured"),
     "favoured_prompts": Metric("1", "share of the round's prompts that the curriculum draws more often"),
     "kept_rows": Metric("rows", "completions of the round that are learned from", "higher"),
@@ -65,6 +65,11 @@ METRICS: dict[str, Metric] = {
     "advantage_std": Metric("1", "standard deviation of the advantages of this step's labels"),
     "sampler_gap": Metric("nats", "mean |log p| between trainer and sampler over this step's labels", "lower"),
     "sampler_gap_max": Metric("nats", "the largest of them", "lower"),
+    # a critic
+    "value_loss": Metric("1", "half the squared error of the critic's values on this step's labels, clipped as the recipe says", "lower"),
+    "value_mean": Metric("1", "mean of the critic's values of this step's labels, as of the start of the round"),
+    "explained_variance": Metric("1", "1 - Var(return - value) / Var(return) over the same labels; 0 for a constant critic", "higher"),
+    "pruned_share": Metric("1", "share of the round's completions cut because their value had fallen"),
     # this machine
     "seconds": Metric("s", "wall time of the step", "lower"),
     "prepare_seconds": Metric("s", "wall time of making a batch: rollouts, and log-probs of other policies", "lower"),

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from burnish.config.schema import Critic
 from burnish.core.errors import ConfigError, DataError, StorageError
 from burnish.core.metrics import emit
 from burnish.core.records import Sampling, Spend
@@ -31,11 +33,15 @@ from burnish.maths.controls import Coefficients
 from burnish.maths.divergences import k3
 from burnish.maths.head import Objective, WithEntropy
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
+from burnish.methods.critic import Valued
 from burnish.methods.curriculum import Prompts
 from burnish.methods.rounds import Question, Round, Rounds, Sample, group_of, retire, tree_of, write_credit
+from burnish.models.policy import Policy
 from burnish.models.reference import Reference
+from burnish.models.scoring import score
 from burnish.rewards.scoring import Rewards
-from burnish.train.method import Hooks, Work
+from burnish.train.method import Hooks, Pass, Work
+from burnish.train.optim import Beside
 
 # what a round can make; the rest of what the algebra may want has to come from a reward or a critic
 MADE = frozenset(
@@ -52,13 +58,14 @@ class PolicyGradient(Hooks):
     def __init__(
         self, setting: Setting, questions: Sequence[Question], rewards: Rewards, sampling: Sampling, *, group_size: int, updates: int,
         passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int], prompts: Prompts,
-        refill: int = 0, cushion: int | None = None, old_logprobs: Literal["auto", "sampler", "trainer"] = "auto",
+        refill: int = 0, cushion: int | None = None, old_logprobs: Literal["auto", "sampler", "trainer"] = "auto", critic: Critic | None = None,
     ) -> None:  # fmt: skip
         self.setting, self.questions, self.rewards, self.sampling = setting, questions, rewards, sampling
         self.group_size, self.updates, self.passes = group_size, updates, passes
         self.sampler, self.total_steps, self.seed, self.prepared = sampler, total_steps, seed, prepared
         self.needs = needs(setting)
-        if missing := sorted(self.needs - MADE):
+        self.valued = Valued(critic, setting, total_steps=total_steps) if "value" in self.needs and critic is not None else None
+        if missing := sorted(self.needs - MADE - ({"value"} if self.valued else set[str]())):
             raise ConfigError(
                 f"this setting needs {', '.join(missing)}, which rollouts do not make", where="method", remedy="choose another advantage or filter"
             )
@@ -76,8 +83,9 @@ class PolicyGradient(Hooks):
             questions, rewards, sampling, prompts, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs,
             refill=refill, cushion=cushion, entropic="entropy" in self.needs,
         )  # fmt: skip
+        if self.valued and self.valued.pruning:
+            self.rounds.sample = self.valued.pruning
         self._drawn: tuple[int, str] | None = None  # the round in hand and the version of the weights that drew it
-        self._moved = (0.0, 0)  # KL(old || policy) summed over tokens of a round's last pass, and their number
         self._measured: Tensor | None = None
         self._now = setting  # with the coefficients of this step
         self._round: Round | None = None
@@ -95,9 +103,6 @@ class PolicyGradient(Hooks):
         if "step_reward" in self.needs and self.rewards.block.combine.name != "sum":
             why = f"rewards of steps are summed; combine: {self.rewards.block.combine.name} is of whole completions"
             raise ConfigError(why, where="rewards.combine", remedy="type combine: sum")
-        if self.setting.penalty_target is not None and self.updates * self.passes == 1:
-            why = "one step a round never leaves the old policy, so there is nothing to hold to a target"
-            raise ConfigError(why, where="penalty_target", remedy="type rollouts: {updates: 2} or more, or passes: 2")
 
     # ---- the loop's hooks
 
@@ -109,6 +114,14 @@ class PolicyGradient(Hooks):
         self.rounds.rescored = auto if self.old_logprobs == "auto" else self.old_logprobs == "trainer"
         if "ref_logprobs" in self.needs:
             self._reference = Reference(policy)
+        if self.valued:
+            self.valued.start(policy)
+
+    def beside(self, learning_rate: float) -> Beside | None:
+        return self.valued.beside(learning_rate) if self.valued else None
+
+    def exports(self) -> Mapping[str, Callable[[Path], None]]:
+        return self.valued.exports() if self.valued else {}
 
     def close(self) -> None:
         self.rewards.close()
@@ -117,13 +130,12 @@ class PolicyGradient(Hooks):
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the step."""
         return {"trace": self.trace, "coefficients": self.coefficients.to_json(), "dead_rounds": self.dead_rounds, "drawn": self._drawn,
-                "moved": self._moved, "prompts": self.prompts.state()}  # fmt: skip
+                "prompts": self.prompts.state()}  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.trace, self.dead_rounds = state["trace"], state["dead_rounds"]
         self.coefficients = Coefficients.from_json(state["coefficients"])
         self._drawn = None if state["drawn"] is None else (state["drawn"][0], state["drawn"][1])
-        self._moved = (state["moved"][0], state["moved"][1])
         self.prompts.load(state["prompts"])
 
     def batches(self, step: int) -> Iterator[Work]:
@@ -136,14 +148,21 @@ class PolicyGradient(Hooks):
     def prepare(self, policy: Any, work: Work) -> None:
         """The round this step belongs to, drawn or read back, and the columns of its part."""
         number, inside = divmod(work.step, self.updates * self.passes)
-        if not inside:
-            self._end_round(work)
+        pretrain = self.valued.block.pretrain_steps if self.valued else 0
+        work.policy_moves = work.step >= pretrain
+        if not inside and work.step > pretrain:  # the round before moved the policy, in its last step at least
+            self._end_round(policy, work, number - 1)
         before = self.rewards.seconds
         if self._round is None or self._round.number != number:
             self._round = self._read(number) if inside else self._draw(policy, number, work)
         work.seconds["reward"] = self.rewards.seconds - before
         part = range(inside % self.updates, len(self._round.questions), self.updates)
         self._columns(policy, work, self._round, part, fresh=inside < self.updates)
+
+    def forwards(self, policy: Policy, work: Work, micro: Micro) -> Sequence[Pass]:
+        if self.valued is None:
+            return super().forwards(policy, work, micro)
+        return self.valued.forwards(policy, work, micro, self.objective(work, micro) if work.policy_moves else None)
 
     def objective(self, work: Work, micro: Micro) -> tuple[Objective, Tensor | None]:
         columns = {name: column[micro.items] for name, column in work.columns.items()}
@@ -169,8 +188,7 @@ class PolicyGradient(Hooks):
 
     def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None:
         """How far the trainer's log-probs are from the sampler's, for the log: rounding at the first step of a round."""
-        now = logprobs.float().cpu()
-        gap = (now - work.columns["sampler_logprobs"][micro.items]).abs()
+        gap = (logprobs.float().cpu() - work.columns["sampler_logprobs"][micro.items]).abs()
         work.facts["sampler_gap_max"] = max(work.facts.get("sampler_gap_max", 0.0), float(gap.max()))
         total, count = work.facts.pop("_gap", (0.0, 0))
         work.facts["_gap"] = total + float(gap.sum()), count + len(gap)
@@ -179,26 +197,32 @@ class PolicyGradient(Hooks):
             total, count = work.facts.pop("_entropy", (0.0, 0))
             work.facts["_entropy"] = total + float(self._measured.sum()), count + len(gap)
             work.facts |= emit(entropy=work.facts["_entropy"][0] / work.facts["_entropy"][1])
-        last = work.step // self.updates % self.passes == self.passes - 1
-        if self.setting.penalty_target is not None and last:
-            moved = k3(work.columns["old_logprobs"][micro.items], now)  # tokens of the old policy: KL(old || policy)
-            self._moved = self._moved[0] + float(moved.sum()), self._moved[1] + len(now)
 
     # ---- a round
 
-    def _end_round(self, work: Work) -> None:
-        """What the round before says of coefficients."""
-        if self._moved[1]:
-            moved = self._moved[0] / self._moved[1]
-            self.coefficients = self.coefficients.after_round(self.setting, moved)
-            work.facts |= emit(policy_moved=moved)
-        self._moved = (0.0, 0)
+    def _end_round(self, policy: Any, work: Work, number: int) -> None:
+        """Move the penalty by how far the policy went in round `number`: measured once it is learned from, on its own tokens.
+
+        Log-probs seen on the way stand before the update they led to, and with one step a round would always say 0.
+        """
+        if self.setting.penalty_target is None:
+            return
+        learned = self._round if self._round is not None and self._round.number == number else self._read(number)
+        trees = [tree_of(self.questions[q].ids, group, range(len(group))) for q, group in zip(learned.questions, learned.groups)]
+        found = score(policy, Batch(trees))
+        old = torch.tensor([p for group in learned.groups for s in group for p in s.old_logprobs or s.logprobs])
+        moved = float(k3(old, found.logprobs).mean())  # tokens are the old policy's: of KL(old || policy) without bias
+        self.coefficients = self.coefficients.after_round(self.setting, moved)
+        work.spend += found.spend
+        work.facts |= emit(policy_moved=moved)
 
     def _draw(self, policy: Any, number: int, work: Work) -> Round:
         """A new round, counted, logged and kept on disk."""
         if self.prompts.unscreened:
             self._screen(policy, work)
         found = self.rounds.draw(policy, number)
+        if self.valued:
+            self.valued.of_round(policy, found, self.questions)
         work.facts |= emit(**self.prompts.saw(found))
         self._drawn = number, found.version
         self.dead_rounds = self.dead_rounds + 1 if found.dead else 0
@@ -272,15 +296,21 @@ class PolicyGradient(Hooks):
             columns["noise"] = torch.rand(len(unit), generator=generator)
         if "reward_trace" in self.needs:
             columns["reward_trace"] = torch.tensor(self.trace if self.trace is not None else [0.0, 0.0])
+        if self.valued:
+            columns |= self.valued.columns(samples, columns)
         self._now = self.coefficients.applied(self.setting)
         bonus = self._measure(work, columns, captured, fresh=fresh)
         made = prepare(self._now, columns | {"old_logprobs": captured})
+        if self.valued:
+            made |= self.valued.targets(self._now, work, columns | {"old_logprobs": captured})
         if bonus:
             made["entropy_weight"] = -bonus * made["weight"]
         if "reward_trace" in self.needs:
             self.trace = next_trace(columns["reward_trace"], columns["reward"], columns["known"]).tolist()
         by_all = bool(bonus) or (self.setting.kl_coef != 0 and self.setting.kl_placement == "loss")
         pull = made["weight"] * (1.0 if by_all else made["policy_weight"] * made["advantage"])
+        if self.valued:
+            pull = made["value_weight"] if not work.policy_moves else pull.abs() + made["value_weight"]
         live = torch.zeros(len(samples), dtype=torch.bool).index_put_((unit[pull != 0],), torch.tensor(True))
         work.facts |= emit(live_samples=float(live.float().mean()), advantage_std=float(made["advantage"].std()) if len(unit) > 1 else 0.0)
         work.where = tuple(self.questions[drawn.questions[q]].where for q in part)
@@ -339,12 +369,12 @@ def _step_columns(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 def build(
     setting: Setting, questions: Sequence[Question], rewards: Rewards, rollouts: Any, *, sampler: Sampler, total_steps: int, seed: int,
-    prepared: Prepared, end_ids: Sequence[int],
+    prepared: Prepared, end_ids: Sequence[int], critic: Critic | None = None,
 ) -> PolicyGradient:  # fmt: skip
-    """A method from a point of the algebra and a stage's `rollouts` block (config.schema.Rollouts).
+    """A method from a point of the algebra and a stage's `rollouts` and `critic` blocks (config.schema.Rollouts, Critic).
 
-    `fixed_length` weights without a length take `max_new_tokens`. Raises ConfigError for a setting that needs what
-    rollouts do not make.
+    `fixed_length` weights without a length take `max_new_tokens`; a setting that takes values has a critic, as the schema
+    says where no block does. Raises ConfigError for a setting that needs what rollouts do not make.
     """
     if setting.weights == "fixed_length" and setting.length is None:
         setting = override(setting, length=rollouts.max_new_tokens)
@@ -355,5 +385,5 @@ def build(
         setting, questions, rewards, sampling, group_size=rollouts.group_size, updates=rollouts.updates, passes=rollouts.passes,
         sampler=sampler, total_steps=total_steps, seed=seed, prepared=prepared, end_ids=end_ids,
         prompts=Prompts(sampler, rollouts.curriculum, rollouts.screen), refill=rollouts.refill, cushion=rollouts.overlong_cushion,
-        old_logprobs=rollouts.old_logprobs,
+        old_logprobs=rollouts.old_logprobs, critic=critic or Critic(),
     )  # fmt: skip

@@ -22,6 +22,7 @@ from burnish.core.metrics import emit
 from burnish.core.records import Sampling, Spend, Trajectory
 from burnish.core.runs import StageFolder, write_atomic
 from burnish.core.seeds import derive
+from burnish.engines.base import Node
 from burnish.engines.local.engine import LocalEngine
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
@@ -53,6 +54,7 @@ class Sample:
     steps               (tokens up to its end, reward or None) of each step, where rewards score steps
     old_logprobs        of its tokens by the trainer, before any step of the round; empty where not asked for
     entropies           of the policy at its tokens, likewise
+    values              of a critic as the round began: of the state before each token, then of the state after the last
     """
 
     tokens: tuple[int, ...]
@@ -65,6 +67,7 @@ class Sample:
     steps: tuple[Step, ...] = ()
     old_logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
 
     @property
     def worth(self) -> float | None:
@@ -83,12 +86,12 @@ class Sample:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Sample:
-        tuples = {name: tuple(row[name]) for name in ("tokens", "logprobs", "old_logprobs", "entropies") if name in row}
+        tuples = {name: tuple(row[name]) for name in ("tokens", "logprobs", "old_logprobs", "entropies", "values") if name in row}
         steps = tuple((end, value) for end, value in row.get("steps", ()))
         return cls(**{**row, **tuples, "steps": steps})
 
 
-OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": ()}  # left out of the file
+OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": (), "values": ()}  # left out of the file
 
 
 def dead(group: Sequence[Sample]) -> bool:
@@ -150,6 +153,9 @@ class Batches(Protocol):
     def batch(self, number: int, /) -> Sequence[int]: ...
 
 
+Draw = Callable[[LocalEngine, Sequence[Node], Sampling, Sequence[tuple[int, int]]], list[Trajectory]]
+
+
 @dataclass
 class Rounds:
     """Where rounds come from. Raises, in `draw`, DataError for completions of other weights or without log-probs, and what
@@ -160,6 +166,7 @@ class Rounds:
     cushion          of `maths.filters.soft_overlong`, in tokens before `max_new_tokens`; None: length costs nothing
     rescored         whether the trainer scores what was sampled, for `old_logprobs`
     entropic         whether it measures entropies
+    sample           what draws the round's own prompts in the engine's place: (engine, nodes, sampling, keys) -> trajectories
     """
 
     questions: Sequence[Question]
@@ -176,6 +183,7 @@ class Rounds:
     entropic: bool = False
     poll: Callable[[], None] | None = None
     engine: LocalEngine | None = None
+    sample: Draw | None = None
     _told: set[str] = field(default_factory=set[str])
 
     def news(self, drawn: Round) -> list[str]:
@@ -191,7 +199,7 @@ class Rounds:
     def draw(self, policy: Any, number: int, *, chosen: Sequence[int] | None = None, group_size: int | None = None, hinted: bool = False) -> Round:
         """Sample groups with the present weights and score them; then, where asked for, others in place of dead ones.
 
-        chosen  these questions in place of the round's own: none is replaced, and the trainer scores nothing
+        chosen  these questions in place of the round's own: none is replaced, and neither a critic nor the trainer looks at them
         hinted  whether they are asked with their answers told
 
         Prompts that replace others come from far ahead in the same order of prompts, so that the round is a pure
@@ -206,7 +214,7 @@ class Rounds:
         engine.poll = self.poll
         before, version = engine.spend, engine.weights_version
         asked = [int(i) for i in (self.sampler.batch(number) if chosen is None else chosen)]
-        groups, greedy, found = self._groups(policy, asked, derive(self.seed, "rollouts", number), size, hinted=hinted)
+        groups, greedy, found = self._groups(policy, asked, derive(self.seed, "rollouts", number), size, self.sample if own else None, hinted=hinted)
         facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
         facts |= _facts([s for group in groups for s in group], groups)
         if len(found.components) > 1:
@@ -221,7 +229,7 @@ class Rounds:
             if not places:
                 break
             seed = derive(self.seed, "refill", number, attempt)
-            fresh, plain, _ = self._groups(policy, list(places.values()), seed, size)
+            fresh, plain, _ = self._groups(policy, list(places.values()), seed, size, self.sample)
             for place, (q, question) in enumerate(places.items()):
                 replaced.append((asked[q], groups[q]))
                 asked[q], groups[q] = question, fresh[place]
@@ -236,7 +244,7 @@ class Rounds:
         return Round(number, version, asked, groups, greedy, spend, facts, list(found.stats["warnings"]), replaced)
 
     def _groups(
-        self, policy: Any, chosen: Sequence[int], seed: int, size: int, *, hinted: bool = False
+        self, policy: Any, chosen: Sequence[int], seed: int, size: int, sample: Draw | None, *, hinted: bool = False
     ) -> tuple[list[list[Sample]], list[float | None], Breakdown]:
         """The groups of these questions, the rewards of their greedy answers where asked for, and what rewards said."""
         engine = self.engine
@@ -245,7 +253,8 @@ class Rounds:
         nodes = engine.prefill_many([self.questions[i].hinted if hinted else self.questions[i].ids for i in chosen])
         rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(size)]
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
-        drawn = engine.sample([node for node, _ in rows], sampling, [key for _, key in rows])
+        prompts, keys = [node for node, _ in rows], [key for _, key in rows]
+        drawn = engine.sample(prompts, sampling, keys) if sample is None else sample(engine, prompts, sampling, keys)
         plain: list[Trajectory] = []
         if self.greedy:
             greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
