@@ -35,7 +35,15 @@ from burnish.core.signature import (
 )
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "method": ("burnish.methods.supervised:METHODS", "burnish.maths.settings:POLICY_GRADIENT"),
+    "method": (
+        "burnish.methods.supervised:METHODS",
+        "burnish.maths.settings:POLICY_GRADIENT",
+        "burnish.methods.trpo:TRPO",
+        "burnish.methods.astar_po:ASTAR_PO",
+        "burnish.methods.mrt:MRT",
+        "burnish.methods.mixer:MIXER",
+        "burnish.methods.oreo:OREO",
+    ),
     "weights": ("burnish.maths.weights:WEIGHTS",),
     "schedule": ("burnish.train.schedules:SCHEDULES",),
     "adapter": ("burnish.models.adapters:ADAPTERS",),

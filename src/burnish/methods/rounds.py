@@ -106,7 +106,10 @@ def undecided(group: Sequence[Sample]) -> bool:
 
 @dataclass
 class Round:
-    """What one round drew: for each question its samples and, where asked for, the reward of its greedy answer."""
+    """What one round drew: for each question its samples and, where asked for, the reward of its greedy answer.
+
+    prompts  ids of each question, so that what was drawn can be learned from elsewhere
+    """
 
     number: int
     version: str
@@ -116,6 +119,7 @@ class Round:
     spend: Spend
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     notices: list[str] = field(default_factory=list[str])
+    prompts: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
 
     @property
     def dead(self) -> bool:
@@ -124,7 +128,7 @@ class Round:
 
     def write(self, path: Path) -> None:
         head = {"schema": 1, "round": self.number, "weights_version": self.version, "questions": self.questions, "greedy": self.greedy,
-                "spend": asdict(self.spend), "facts": self.facts, "notices": self.notices}  # fmt: skip
+                "prompts": self.prompts, "spend": asdict(self.spend), "facts": self.facts, "notices": self.notices}  # fmt: skip
         lines = [head, *({"group": i, **s.to_json()} for i, group in enumerate(self.groups) for s in group)]
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, gzip.compress("".join(json.dumps(x) + "\n" for x in lines).encode(), mtime=0))
@@ -138,8 +142,8 @@ class Round:
                 row = json.loads(line)
                 group = row.pop("group")
                 groups[group].append(Sample.from_json(row))
-        spend = Spend(**head["spend"])
-        return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], spend, head["facts"], head["notices"])
+        spend, prompts = Spend(**head["spend"]), [tuple(ids) for ids in head.get("prompts", ())]
+        return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], spend, head["facts"], head["notices"], prompts)
 
 
 @dataclass
@@ -171,12 +175,18 @@ class Rounds:
     engine: LocalEngine | None = None
     sample: Callable[[LocalEngine, Sequence[Node], Sampling, Sequence[tuple[int, int]]], list[Trajectory]] | None = None
 
-    def draw(self, policy: Any, number: int) -> Round:
+    def draw(
+        self, policy: Any, number: int, *, chosen: Sequence[int] | None = None, group_size: int | None = None,
+        begun: Sequence[tuple[int, ...]] | None = None,
+    ) -> Round:  # fmt: skip
         """Sample groups with the present weights and score them; then, where asked for, others in place of dead ones.
 
         Prompts that replace others come from far ahead in the same order of prompts, so that the round is a pure
         function of the weights and its number and takes none from the rounds to come. What is logged of rewards is what
         was drawn first: selection would flatter it.
+
+        chosen, group_size  other prompts than the round's, or more or fewer of each
+        begun               tokens that every completion of a prompt begins with: given, not drawn, without log-probs
         """
         policy.train(False)
         if self.engine is None or self.engine.policy is not policy:
@@ -184,8 +194,8 @@ class Rounds:
         engine = self.engine
         engine.poll = self.poll
         before, version = engine.spend, engine.weights_version
-        chosen = [int(i) for i in self.sampler.batch(number)]
-        groups, greedy, found = self._groups(policy, chosen, derive(self.seed, "rollouts", number))
+        chosen = [int(i) for i in (self.sampler.batch(number) if chosen is None else chosen)]
+        groups, greedy, found = self._groups(policy, chosen, derive(self.seed, "rollouts", number), group_size or self.group_size, begun)
         facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
         facts |= _facts([s for group in groups for s in group], groups)
         if len(found.components) > 1:
@@ -200,7 +210,7 @@ class Rounds:
             if not places:
                 break
             seed = derive(self.seed, "refill", number, attempt)
-            fresh, plain, _ = self._groups(policy, list(places.values()), seed)
+            fresh, plain, _ = self._groups(policy, list(places.values()), seed, self.group_size, None)
             for place, (q, question) in enumerate(places.items()):
                 chosen[q], groups[q] = question, fresh[place]
                 if self.greedy:
@@ -212,15 +222,19 @@ class Rounds:
         if self.rescored or self.entropic:
             groups, more = self._scored(policy, chosen, groups)
             spend += more
-        return Round(number, version, chosen, groups, greedy, spend, facts, list(found.stats["warnings"]))
+        prompts = [self.questions[i].ids for i in chosen]
+        return Round(number, version, chosen, groups, greedy, spend, facts, list(found.stats["warnings"]), prompts)
 
-    def _groups(self, policy: Any, chosen: Sequence[int], seed: int) -> tuple[list[list[Sample]], list[float | None], Breakdown]:
+    def _groups(
+        self, policy: Any, chosen: Sequence[int], seed: int, size: int, begun: Sequence[tuple[int, ...]] | None
+    ) -> tuple[list[list[Sample]], list[float | None], Breakdown]:
         """The groups of these questions, the rewards of their greedy answers where asked for, and what rewards said."""
         engine = self.engine
         assert engine is not None
         version = engine.weights_version
-        nodes = engine.prefill_many([self.questions[i].ids for i in chosen])
-        rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(self.group_size)]
+        first = begun or [()] * len(chosen)
+        nodes = engine.prefill_many([(*self.questions[i].ids, *given) for i, given in zip(chosen, first)])
+        rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(size)]
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
         first, keys = [node for node, _ in rows], [key for _, key in rows]
         drawn = engine.sample(first, sampling, keys) if self.sample is None else self.sample(engine, first, sampling, keys)
@@ -230,39 +244,44 @@ class Rounds:
             plain = engine.sample(nodes, greedy, [(q, 0) for q in range(len(nodes))])
         for node in nodes:
             engine.free(node)
-        every = [*drawn, *plain]
-        for t in every:
+        for t in (*drawn, *plain):
             _refuse_unfit(t, version)
         owner = [q for _, (q, _) in rows] + list(range(len(plain)))
-        asked = [self.questions[chosen[q]] for q in owner]
-        names = dict.fromkeys(name for question in asked for name in question.columns)
-        columns = {name: [question.columns.get(name) for question in asked] for name in names}
-        columns["completion_ids"] = [list(t.completion) for t in every]
-        shown = [question.shown for question in asked]
-        said: list[Any] = [t.text for t in every]
-        if not isinstance(shown[0], str):
-            said = [[{"role": "assistant", "content": text}] for text in said]
         groups = [q if i < len(rows) else len(nodes) + q for i, q in enumerate(owner)]
+        said = [_said(policy, first[q], t) for q, t in zip(owner, (*drawn, *plain))]
+        samples, found = self.judged(policy, said, [chosen[q] for q in owner], groups)
+        split = [samples[q * size : (q + 1) * size] for q in range(len(nodes))]
+        return split, [s.worth for s in samples[len(rows) :]], found
+
+    def judged(self, policy: Any, said: Sequence[Sample], asked: Sequence[int], groups: Sequence[int]) -> tuple[list[Sample], Breakdown]:
+        """The samples with what they are worth, and what rewards said of all of them; `asked` are their questions."""
+        questions = [self.questions[q] for q in asked]
+        names = dict.fromkeys(name for question in questions for name in question.columns)
+        columns = {name: [question.columns.get(name) for question in questions] for name in names}
+        columns["completion_ids"] = [list(s.tokens) for s in said]
+        shown = [question.shown for question in questions]
+        texts: list[Any] = [s.text for s in said]
+        if not isinstance(shown[0], str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
         ends: list[list[int]] = []
         steps: dict[str, Any] = {}
         if self.rewards.cut is not None:
-            places = self.rewards.cut([t.text for t in every])
-            ends = [token_ends(policy.decode, t.completion, t.text, at) for t, at in zip(every, places)]
-            steps = {"steps": [[t.text[a:b] for a, b in pairwise([0, *at])] for t, at in zip(every, places)], "step_ends": ends}
-        found = self.rewards.score(shown, said, columns, groups, **steps)
+            places = self.rewards.cut([s.text for s in said])
+            ends = [token_ends(policy.decode, s.tokens, s.text, at) for s, at in zip(said, places)]
+            steps = {"steps": [[s.text[a:b] for a, b in pairwise([0, *at])] for s, at in zip(said, places)], "step_ends": ends}
+        found = self.rewards.score(shown, texts, columns, groups, **steps)
         process = frozenset(c.title for c in self.rewards.components if c.process)
-        penalties = [0.0] * len(every)
+        penalties = [0.0] * len(said)
         if self.cushion is not None:
-            length = torch.tensor([len(t.completion) for t in every])
+            length = torch.tensor([len(s.logprobs) for s in said])  # of what was drawn: max_new_tokens is of that
             penalties = soft_overlong(length, longest=self.sampling.max_new_tokens, cushion=self.cushion).tolist()
         samples: list[Sample] = []
-        for i, t in enumerate(every):
+        for i, s in enumerate(said):
             parts = {name: ones[i] for name, ones in found.components.items()}
             by_step = step_rewards(parts, self.rewards.weights, process, ends[i]) if ends else ()
             values = {name: one.value for name, one in parts.items()}
-            samples.append(Sample(t.completion, t.logprobs or (), t.finish, t.text, values, found.total[i].value, penalties[i], by_step))
-        split = [samples[q * self.group_size : (q + 1) * self.group_size] for q in range(len(nodes))]
-        return split, [s.worth for s in samples[len(rows) :]], found
+            samples.append(replace(s, rewards=values, total=found.total[i].value, penalty=penalties[i], steps=by_step))
+        return samples, found
 
     def _scored(self, policy: Any, chosen: Sequence[int], groups: list[list[Sample]]) -> tuple[list[list[Sample]], Spend]:
         """The samples with what the trainer says of them, before any step of the round."""
@@ -302,11 +321,30 @@ def all_dead(limit: int, state: Any, row: Mapping[str, Any]) -> str | None:
     return f"dead rounds: in {row['dead_rounds']} rounds in a row every group's rewards were all equal, so nothing was learned"
 
 
-def tree_of(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[int]) -> Tree:
-    """The prompt with these completions below it; every sampled token is a label."""
+def _said(policy: Any, begun: tuple[int, ...], drawn: Trajectory) -> Sample:
+    """A completion of given and drawn tokens, not yet scored; what a stop string cut from its text stays cut."""
+    text = drawn.text
+    if begun:
+        hidden = len(policy.decode(drawn.completion)) - len(text)
+        text = policy.decode((*begun, *drawn.completion))
+        text = text[: len(text) - hidden]
+    return Sample((*begun, *drawn.completion), drawn.logprobs or (), drawn.finish, text, {}, None)
+
+
+def tree_of(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[int], shared: int = 0) -> Tree:
+    """The prompt, and the first `shared` tokens that these completions have in common, with their rest below it.
+
+    Every token of a completion is a label, once for each completion.
+    """
     first = len(prompt)
-    units = tuple(Unit(leaf, tuple(range(first, first + len(group[i].tokens)))) for leaf, i in enumerate(members, start=1))
-    return Tree((prompt, *(group[i].tokens for i in members)), (-1, *(0 for _ in members)), units)
+    tails: list[tuple[int, ...]] = []
+    units: list[Unit] = []
+    for i in members:
+        if tail := group[i].tokens[shared:]:
+            tails.append(tail)
+        units.append(Unit(len(tails) if tail else 0, tuple(range(first, first + len(group[i].tokens)))))
+    root = (*prompt, *group[members[0]].tokens[:shared])
+    return Tree((root, *tails), (-1, *(0 for _ in tails)), tuple(units))
 
 
 def _facts(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
@@ -315,7 +353,7 @@ def _facts(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> dic
     return emit(
         completion_tokens=tokens / len(samples),
         truncated_share=sum(s.finish == "length" for s in samples) / len(samples),
-        surprisal=-sum(p for s in samples for p in s.logprobs) / tokens,
+        surprisal=-sum(p for s in samples for p in s.logprobs) / sum(len(s.logprobs) for s in samples),
         dead_groups=sum(map(dead, groups)) / len(groups),
     )
 
