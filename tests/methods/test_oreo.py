@@ -158,7 +158,7 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path: Path, tr
 def test_it_learns_from_the_trajectories_of_another_run(tmp_path: Path) -> None:
     train_online(tmp_path / "00-grpo", steps=2)
     folder = tmp_path / "00-grpo" / "trajectories"
-    drawn = [Round.read(p) for p in sorted(folder.iterdir())]
+    drawn = [Round.read(p) for p in sorted(folder.glob("round-??????.jsonl.gz"))]
     _, method, _ = offline(folder)
     wanted = [((*p, *s.tokens), s.total) for r in drawn for p, group in zip(r.prompts, r.groups) for s in group]
     assert [(r.ids, w) for r, w in zip(method.prepared.rows, method.reward)] == wanted and len(wanted) == 2 * 4 * 4
@@ -177,7 +177,7 @@ def test_it_learns_from_the_trajectories_of_another_run(tmp_path: Path) -> None:
 def test_damaged_and_foreign_trajectories_are_refused(tmp_path: Path) -> None:
     train_online(tmp_path / "00-grpo", steps=1)
     folder = tmp_path / "00-grpo" / "trajectories"
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("round-??????.jsonl.gz")
     good = path.read_bytes()
     with pytest.raises(DataError, match="tokenizer"):
         list(stored(folder, lambda ids: "something else"))

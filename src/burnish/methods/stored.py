@@ -27,7 +27,7 @@ def stored(folder: Path, decode: Callable[[Sequence[int]], str]) -> Iterator[Sto
     `decode` is of the model that is to learn: ids that do not read the same there were drawn by another. Raises DataError
     for that, and for a folder that holds no rounds or damaged ones.
     """
-    files = sorted(folder.glob("round-*.jsonl.gz"))
+    files = sorted(p for p in folder.glob("round-*.jsonl.gz") if "-credit-" not in p.name)
     if not files:
         raise DataError("is a folder without rounds", where=str(folder), remedy="name the trajectories/ folder of a stage that drew completions")
     for path in files:
