@@ -232,8 +232,8 @@ class Rounds:
         engine = self.engine
         assert engine is not None
         version = engine.weights_version
-        first = begun or [()] * len(chosen)
-        nodes = engine.prefill_many([(*self.questions[i].ids, *given) for i, given in zip(chosen, first)])
+        given = begun or [()] * len(chosen)
+        nodes = engine.prefill_many([(*self.questions[i].ids, *tokens) for i, tokens in zip(chosen, given)])
         rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(size)]
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
         first, keys = [node for node, _ in rows], [key for _, key in rows]
@@ -248,7 +248,7 @@ class Rounds:
             _refuse_unfit(t, version)
         owner = [q for _, (q, _) in rows] + list(range(len(plain)))
         groups = [q if i < len(rows) else len(nodes) + q for i, q in enumerate(owner)]
-        said = [_said(policy, first[q], t) for q, t in zip(owner, (*drawn, *plain))]
+        said = [_said(policy, given[q], t) for q, t in zip(owner, (*drawn, *plain))]
         samples, found = self.judged(policy, said, [chosen[q] for q in owner], groups)
         split = [samples[q * size : (q + 1) * size] for q in range(len(nodes))]
         return split, [s.worth for s in samples[len(rows) :]], found
