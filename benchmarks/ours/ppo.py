@@ -77,20 +77,23 @@ def begin_stage(prompts: Sequence[Sequence[int]]) -> None:
     from burnish.maths.settings import POLICY_GRADIENT
     from burnish.methods.curriculum import Prompts
     from burnish.methods.policy_gradient import PolicyGradient
+    from burnish.methods.rounds import Rounds
     from burnish.train.optim import Optimiser
 
-    policy, order = held["policy"], InOrder(len(prompts))
-    method: Any = PolicyGradient(
-        override(POLICY_GRADIENT["ppo"], kl_coef=held["kl_coef"]), questions_of(prompts), Evenness(), Sampling(max_new_tokens=held["most"]),  # type: ignore[arg-type]
-        group_size=held["group"], updates=1, passes=1, sampler=order, total_steps=10**6, seed=0, prepared=None, end_ids=(),  # type: ignore[arg-type]
-        prompts=Prompts(order), critic=Critic(),  # type: ignore[arg-type]
+    policy = held["policy"]
+    order: Any = Prompts(InOrder(len(prompts)))  # type: ignore[arg-type]
+    rounds: Any = Rounds(
+        questions_of(prompts), Evenness(), Sampling(max_new_tokens=held["most"]), order,  # type: ignore[arg-type]
+        group_size=held["group"], seed=0, end_ids=(), greedy=False,
     )  # fmt: skip
+    setting = override(POLICY_GRADIENT["ppo"], kl_coef=held["kl_coef"])
+    method: Any = PolicyGradient(setting, rounds, prompts=order, prepared=None, updates=1, passes=1, total_steps=10**6, critic=Critic())
     method.start(policy, None, lambda: None)
     held.update(method=method, optimiser=Optimiser(policy, learning_rate=LEARNING_RATE, beside=method.beside(LEARNING_RATE)))
 
 
 def questions_of(prompts: Sequence[Sequence[int]]) -> list[Any]:
-    from burnish.methods.policy_gradient import Question
+    from burnish.methods.rounds import Question
 
     return [Question(tuple(p), "", {}, str(i)) for i, p in enumerate(prompts)]
 

@@ -19,8 +19,8 @@ from burnish.core.errors import ConfigError
 from burnish.core.runs import StageFolder, read_jsonl
 from burnish.core.stop import Stop
 from burnish.core.table import describe
-from burnish.methods.policy_gradient import PolicyGradient, Round
-from burnish.methods.rounds import retire
+from burnish.methods.policy_gradient import PolicyGradient
+from burnish.methods.rounds import Round, retire
 from burnish.models.load import load_policy
 from burnish.models.policy import Policy
 from burnish.train.loop import fit
@@ -28,12 +28,13 @@ from burnish.train.memory import Memory
 
 
 def stage(
-    method: Any = "grpo", rewards: Any = "task", rollouts: dict[str, Any] | None = None, critic: dict[str, Any] | None = None, **train: Any
+    method: Any = "grpo", rewards: Any = "task", rollouts: dict[str, Any] | bool | None = None, critic: dict[str, Any] | None = None,
+    data: Any = None, **train: Any,
 ) -> tuple[Policy, Any, Any]:  # fmt: skip
     """(policy, built stage, its recipe)"""
     train = {"steps": 4, "batch_rows": 4, "learning_rate": 1e-4} | train
-    made = {"name": "rl", "method": method, "data": {"task": "sums", "levels": [2, 3], "rows": 64}, "rewards": rewards, "train": train,
-            "rollouts": {"group_size": 4, "max_new_tokens": 24} | (rollouts or {}), "critic": critic}  # fmt: skip
+    made = {"name": "rl", "method": method, "data": data or {"task": "sums", "levels": [2, 3], "rows": 64}, "rewards": rewards, "train": train,
+            "rollouts": None if rollouts is False else {"group_size": 4, "max_new_tokens": 24} | (rollouts or {}), "critic": critic}  # fmt: skip
     recipe = resolve(Document("test", data={"burnish": 1, "name": "t", "model": "spark", "stages": [made]})).recipe
     policy = load_policy("spark", dtype="float32")
     policy.requires_grad_(True)

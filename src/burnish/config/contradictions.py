@@ -84,6 +84,8 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
     if "rounds" in stage.method.params:
         yield from _rounds(key, stage, stage.method.params["rounds"])
     yield from _critic(key, stage, row)
+    if "max_kl" in {p.name for p in row.parameters}:  # it takes steps of its own
+        yield from _own_step((*key, "train"), stage)
     if takes and stage.rewards is None:
         yield (*key, "method"), f"{stage.method.name!r} learns from rewards, and there are none", "add rewards: [number]"
     if stage.rewards is not None:
@@ -170,6 +172,18 @@ def takes_values(advantage: str | None, row: RowDescription) -> bool:
     published = {p.name: p.default for p in row.parameters}
     chosen = advantage or published.get("advantage")
     return chosen is not None and "value" in describe_row("advantage", chosen).inputs
+
+
+def _own_step(key: Key, stage: Stage) -> Iterator[Problem]:
+    """What an optimiser would read, and a step by a trust region does not."""
+    fields = type(stage.train).model_fields
+    for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "clip_norm"):
+        if getattr(stage.train, name) != fields[name].default:
+            message = f"{stage.method.name!r} makes its own step, whose length max_kl limits: {name} would do nothing"
+            yield (*key, name), message, f"remove {name}"
+    if stage.train.learning_rate > 1:
+        message = f"{stage.method.name!r} tries this part of its full step first, and {stage.train.learning_rate:g} is more than all of it"
+        yield (*key, "learning_rate"), message, "type learning_rate: 1"
 
 
 def rewards_against(block: Rewards, key: Key = ()) -> Iterator[Problem]:

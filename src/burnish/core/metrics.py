@@ -65,6 +65,12 @@ METRICS: dict[str, Metric] = {
     "advantage_std": Metric("1", "standard deviation of the advantages of this step's labels"),
     "sampler_gap": Metric("nats", "mean |log p| between trainer and sampler over this step's labels", "lower"),
     "sampler_gap_max": Metric("nats", "the largest of them", "lower"),
+    "supervised_share": Metric("1", "share of this step's labels that were given and are learned by likelihood"),
+    "optimal_advantage": Metric("1", "mean of reward minus the optimal value estimated from the reference, over this step's samples"),
+    "optimal_advantage_abs": Metric("1", "mean of its absolute value: how far the regression's targets are from zero"),
+    "step_kl": Metric("nats", "KL(old || new) of the policy over an update, mean over this step's labels: at most the trust region's radius"),
+    "step_fraction": Metric("1", "part of the trust region's full step that was taken; 0 where none was good"),
+    "surrogate_gain": Metric("1", "by how much the update raised the surrogate, measured", "higher"),
     # a critic
     "value_loss": Metric("1", "half the squared error of the critic's values on this step's labels, clipped as the recipe says", "lower"),
     "value_mean": Metric("1", "mean of the critic's values of this step's labels, as of the start of the round"),

@@ -23,8 +23,8 @@ from burnish.methods.rounds import Round, Sample
 
 
 def pass_rate(group: Sequence[Sample], above: float) -> float | None:
-    """The share of the samples with a known reward whose reward is above; None where none is known."""
-    known = [s.total > above for s in group if s.total is not None]
+    """The share of the drawn samples with a known reward whose reward is above; None where none is known."""
+    known = [s.total > above for s in group if s.total is not None and s.finish != "given"]
     return sum(known) / len(known) if known else None
 
 

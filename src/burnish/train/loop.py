@@ -233,11 +233,14 @@ def one_step(
     state.step += 1
     if finite:
         try:
-            optimiser.step(rate, norm, policy_moves=work.policy_moves)
+            own = method.update(policy, optimiser, work, plan, rate)
+            if own is None:
+                optimiser.step(rate, norm, policy_moves=work.policy_moves)
+            done.executed += own or 0
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            raise memory.failure(policy, optimiser, "the first update has no room for the optimiser's moments") from error
+            raise memory.failure(policy, optimiser, "the update itself has no room") from error
         state.skipped_in_a_row = 0
     else:
         state.skipped_steps += 1

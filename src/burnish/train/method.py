@@ -16,7 +16,8 @@ from burnish.data.sampler import Sampler
 from burnish.forest.pack import Batch, Micro
 from burnish.maths.head import Objective
 from burnish.models.policy import Policy, RowLoss
-from burnish.train.optim import Beside
+from burnish.train.memory import Plan
+from burnish.train.optim import Beside, Optimiser
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,26 @@ class Material(Protocol):
     def sampler(self, rows: int) -> Sampler: ...
 
     def questions(self, hint: str | None = None) -> tuple[Prepared, list[Any]]:
-        """(the rows as prompts, the same as `methods.rounds.Question`). Raises DataError."""
+        """(the rows as prompts to be answered, the same as `methods.rounds.Question`). Raises DataError.
+
+        hint  what takes the place of the last turn where the answer is told
+        """
         ...
 
-    def steps(self, sampler: Sampler) -> int:
-        """Optimiser steps of the whole stage."""
+    def gold(self, questions: Sequence[Any]) -> list[tuple[int, ...]]:
+        """The completion each question's own row gives, its end included. Raises DataError for a row without one."""
+        ...
+
+    def scored(self, reward: str) -> tuple[Prepared, list[float]]:
+        """Completions with the number in their column `reward`, or stored ones with their own. Raises DataError."""
+        ...
+
+    def text(self, token: int) -> str:
+        """What a token adds to a text."""
+        ...
+
+    def steps(self, sampler: Sampler, each: int = 1) -> int:
+        """Optimiser steps of the whole stage, `each` of them for every batch of rows where epochs say how many."""
         ...
 
     def seed(self, purpose: str) -> int:
@@ -128,6 +144,13 @@ class Hooks:
         """Files that go with the trained model: path in its folder -> what writes it."""
         return {}
 
+    def update(self, policy: Any, optimiser: Optimiser, work: Work, plan: Plan, rate: float) -> int | None:
+        """A step of the method's own in place of clipping and the optimiser's, from gradients that are finite.
+
+        Returns the FLOPs it executed; None: the optimiser is to step.
+        """
+        return None
+
 
 class Method(Protocol):
     """Three hooks of the one loop, and those of `Hooks`. `batches(step)` starts at that step and is a pure function of it."""
@@ -155,6 +178,8 @@ class Method(Protocol):
     def forwards(self, policy: Policy, work: Work, micro: Micro) -> Sequence[Pass]: ...
 
     def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None: ...
+
+    def update(self, policy: Any, optimiser: Optimiser, work: Work, plan: Plan, rate: float) -> int | None: ...
 
     def beside(self, learning_rate: float) -> Beside | None: ...
 

@@ -7,7 +7,8 @@ micro-batch's gradient is added to the master's in fp32 as soon as it is complet
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,11 +123,44 @@ class Optimiser:
 
     def refresh(self, policy_moves: bool = True) -> None:
         """Working copies from masters; the policy, if it moved, is a new version."""
+        self._follow()
+        self.policy.version += policy_moves
+
+    def _follow(self) -> None:
         with torch.no_grad():
             for name, parameter in self.working.items():
                 if self.masters[name] is not parameter:
                     parameter.copy_(self.masters[name])
-        self.policy.version += policy_moves
+
+    # ---- for a method that makes its own step
+
+    def gradient(self) -> Tensor:
+        """The masters' gradients, flat."""
+        return torch.cat([_gradient(master).reshape(-1) for master in self.masters.values()])
+
+    def weights(self) -> Tensor:
+        """A copy of the masters, flat, in the order of `working`."""
+        return torch.cat([master.detach().reshape(-1) for master in self.masters.values()])
+
+    def place(self, flat: Tensor) -> None:
+        """Set the weights, on trial: the version stays until `refresh`."""
+        at = 0
+        with torch.no_grad():
+            for master in self.masters.values():
+                master.copy_(flat[at : at + master.numel()].view_as(master))
+                at += master.numel()
+        self._follow()
+
+    @contextmanager
+    def dense_embedding(self) -> Iterator[None]:
+        """While open, an embedding's gradient comes whole: rows alone cannot be differentiated again."""
+        for embedding in self._sparse:
+            embedding.sparse = False
+        try:
+            yield
+        finally:
+            for embedding in self._sparse:
+                embedding.sparse = True
 
     @property
     def moments_bytes(self) -> int:
