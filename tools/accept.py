@@ -41,7 +41,7 @@ def gflops() -> float:
 
 def burnish(*argv: str, cwd: Path) -> tuple[int, float, str]:
     begin = time.monotonic()
-    done = subprocess.run([BIN / "burnish", *argv], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([BIN / "python", "-m", "burnish", *argv], cwd=cwd, capture_output=True, text=True)
     return done.returncode, time.monotonic() - begin, done.stdout + done.stderr
 
 
