@@ -20,8 +20,8 @@ from benchmarks.protocol import BEGAN, Answer, serve, versions
 held: dict[str, Any] = {}
 
 
-def end_as_told(held: dict[str, Any]) -> None:
-    """From here on every sample of the local engine ends at its own of `held["lengths"]`, and no token ends one."""
+def end_as_told(told: dict[str, Any]) -> None:
+    """From now on sample i of a call ends at token `told["lengths"][i]`, and no token ends one."""
     import numpy as np
 
     import burnish.engines.local.engine as local
@@ -33,7 +33,7 @@ def end_as_told(held: dict[str, Any]) -> None:
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             self.ends[:] = False
-            self.told = np.array([node.end + n for node, n in zip(self.nodes, held["lengths"])])
+            self.told = np.array([node.end + n for node, n in zip(self.nodes, told["lengths"])])
 
         def _draw(self, hidden: Any, requests: Any, row: Any, position: Any, limit: Any) -> Any:
             return super()._draw(hidden, requests, row, position, self.told[requests])

@@ -30,7 +30,7 @@ from burnish.data import formats
 from burnish.data.chat import ChatFormat, Mask, Prepared, preview
 from burnish.data.sampler import Sampler
 from burnish.data.sources import Dropped
-from burnish.data.tasks.base import Item, Task, items
+from burnish.data.tasks.base import Item, Task, after_examples, items, shown
 from burnish.engines.connect import Api, connect, models
 from burnish.engines.endpoint import Endpoint
 from burnish.engines.local.engine import LocalEngine
@@ -75,11 +75,12 @@ class Rows:
         return ", ".join(dict.fromkeys(s["format"] for s in self.sources))
 
 
-def example_of(item: Item, target: str, task: str) -> Example:
-    """A task's item as a conversation: the question, and the gold rationale or the bare answer to learn."""
+def example_of(item: Item, target: str, task: str, examples: Sequence[Item] = ()) -> Example:
+    """A task's item as a conversation: the question (after solved ones), and the gold rationale or the bare answer to learn."""
     text = item.rationale if target == "rationale" else item.answer
     columns = {"answer": item.gold, "question": item.question, "level": item.level, "facts": dict(item.facts), "task": task}
-    return Example((Message("user", item.question),), (Message("assistant", text),), columns=columns, where=item.id)
+    asked = after_examples(examples, item.question)
+    return Example((Message("user", asked),), (Message("assistant", text),), columns=columns, where=item.id)
 
 
 def read_sources(sources: Sequence[Source], seed: int, need: Literal["completion", "prompt"] = "completion") -> Rows:
@@ -88,8 +89,11 @@ def read_sources(sources: Sequence[Source], seed: int, need: Literal["completion
     for source in sources:
         if source.task is not None:
             task = cast(Task, load_row("task", source.task))
-            made = items(task, fold=source.fold, levels=source.levels, rows=source.rows or 0, seed=derive(seed, "data", source.task))
-            rows.examples += [example_of(item, source.target, source.task) for item in made]
+            first = shown(task, source.levels, source.shots, seed)
+            told = {example.question for example in first}  # their answers stand in the prompt: no rows
+            drawn = items(task, fold=source.fold, levels=source.levels, rows=(source.rows or 0) + len(told), seed=derive(seed, "data", source.task))
+            made = [item for item in drawn if item.question not in told][: source.rows]
+            rows.examples += [example_of(item, source.target, source.task, first) for item in made]
             rows.conversational = True
             rows.sources.append({"task": source.task, "format": f"task {source.task}", "rows": len(made)})
             continue
@@ -428,10 +432,14 @@ class Questions:
             task, asked = questions_in(str(judged.file), judged.columns, judged.rows)
             return cls(name, judged, seed, chat, task, asked, ())
         task = cast(Task, load_row("task", judged.task))
+        first = shown(task, judged.levels, judged.shots, seed)
         seed = derive(seed, "eval", name)
         asked = items(task, fold=judged.fold, levels=judged.levels, rows=judged.rows or 0, seed=seed)
         rows = judged.validation_rows
-        return cls(name, judged, seed, chat, task, asked, items(task, fold="validation", levels=judged.levels, rows=rows, seed=seed) if rows else ())
+        validation = items(task, fold="validation", levels=judged.levels, rows=rows, seed=seed) if rows else []
+        if judged.shots:
+            asked, validation = (few_shot(some, first) for some in (asked, validation))
+        return cls(name, judged, seed, chat, task, asked, validation)
 
     @property
     def size(self) -> int:
@@ -469,6 +477,11 @@ class Questions:
         drawn = any(row["strategy"] != "greedy" for row in result["strategies"])
         heat = f", temperature {result['settings']['temperature']:g}" if drawn else ""
         return f"{result['stage']}/{self.name}: {', '.join(parts)} (n = {result['n']}{heat}, {result['seconds']:.0f} s)"
+
+
+def few_shot(asked: Sequence[Item], examples: Sequence[Item]) -> list[Item]:
+    """The items with solved questions before their own, as `read_sources` puts them before training rows."""
+    return [replace(item, facts={**item.facts, "prompt": [Message("user", after_examples(examples, item.question))]}) for item in asked]
 
 
 def questions_in(file: str, columns: Mapping[str, str], rows: int | None) -> tuple[Task, list[Item]]:

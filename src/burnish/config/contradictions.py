@@ -253,13 +253,13 @@ def _source(key: Key, source: Source) -> Iterator[Problem]:
     yield from _one_origin(
         key,
         source,
-        only_task=("levels", "rows", "fold", "target"),
+        only_task=("levels", "rows", "fold", "target", "shots"),
         only_file=("format", "columns", "on_bad_row", "limit"),
     )
 
 
 def _eval(key: Key, judged: Eval) -> Iterator[Problem]:
-    yield from _one_origin(key, judged, only_task=("levels", "fold"), only_file=("columns",))
+    yield from _one_origin(key, judged, only_task=("levels", "fold", "shots"), only_file=("columns",))
     task = describe_row("task", judged.task) if judged.task else None
     specs = [parse(text) for text in judged.strategies]
     drawing = [str(spec) for spec in specs if spec.name != "greedy"]

@@ -63,6 +63,9 @@ class Source(Section):
     rows: Positive | None = Field(default=None, description="how many rows the task makes, 1 or more", examples=[4096])
     fold: Literal["train", "validation", "test"] = Field(default="train", description="train, validation or test")
     target: Literal["rationale", "answer"] = Field(default="rationale", description="rationale or answer")
+    shots: int = Field(
+        default=0, ge=0, description="solved questions shown before each question, as plain text; 0 for none", examples=[8]
+    )
     file: str | None = Field(default=None, min_length=1, description="the path of a data file", examples=["rows.jsonl"])
     format: RowShape = Field(default="auto", description=f"one of {', '.join(get_args(RowShape))}", examples=["auto"])
     columns: dict[str, str] = Field(
@@ -316,6 +319,9 @@ class Eval(Section):
     )
     fold: Literal["test", "validation"] = Field(
         default="test", description="test or validation: an eval is never judged on training rows"
+    )
+    shots: int = Field(
+        default=0, ge=0, description="solved questions shown before each question, as plain text; 0 for none", examples=[8]
     )
     file: str | None = Field(
         default=None, min_length=1, description="the path of a .jsonl file", examples=["test.jsonl"]
