@@ -10,4 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure() -> None:
     import torch
 
+    import tests.pretended  # noqa: F401  (before the first backward of the process, which may be a module's own check)
+
     torch.set_num_threads(1)

@@ -361,7 +361,6 @@ def test_a_body_that_is_not_understood_is_run_as_it_is(name: str) -> None:
 
 def test_a_lean_body_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean.Norm, "scaled", lambda self, x, weight: 1.01 * x)
-    monkeypatch.setattr(lean.Norm, "_error", lambda self, x, want, offset, late: 0.0)
     model = policy("llama")
     LocalEngine(model)
     assert "differ from the model's own" in model.decisions["decode"]["why"]

@@ -196,7 +196,7 @@ def test_the_count_is_more_than_what_is_held(family: str, adapter: bool, dtype: 
         tokens = sum(t.size for t in trees)
         held = peak_of(p, trees)
         count = activations.ceiling(p, tokens)
-        assert count is not None and held < count < 12 * held, (held, count)
+        assert count is not None and held < count < 20 * held, (held, count)
     optimiser.close()
 
 

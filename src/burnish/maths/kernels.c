@@ -107,11 +107,12 @@ EACH_TYPE(BLOCK_LSE)
 
 /* root-mean-square norm of one row: to `out`; `late` rounds before the weight is multiplied in */
 #define NORM_ROW(T, S) \
-static inline void norm_row_##S(const T *x, const float *weight, int64_t h, float epsilon, int late, T *out) { \
+static inline float norm_row_##S(const T *x, const float *weight, int64_t h, float epsilon, int late, T *out) { \
     float s = 0; for (int64_t j = 0; j < h; j++) { float a = wide_##S(x[j]); s += a * a; } \
     float r = 1.0f / sqrtf(s / (float)h + epsilon); \
     if (late) for (int64_t j = 0; j < h; j++) out[j] = narrow_##S(wide_##S(narrow_##S(wide_##S(x[j]) * r)) * weight[j]); \
     else for (int64_t j = 0; j < h; j++) out[j] = narrow_##S(wide_##S(x[j]) * r * weight[j]); \
+    return r; \
 }
 EACH_TYPE(NORM_ROW)
 
@@ -128,16 +129,77 @@ void add_norm_##S(T *x, const T *y, const float *after, const float *before, int
 }
 EACH_TYPE(ADD_NORM)
 
+/* out [n, h] = norm(x) with a weight, and rstd [n] = 1 / sqrt(mean(x^2) + epsilon), for the backward */
+#define NORM(T, S) \
+void norm_##S(const T *x, const float *weight, int64_t n, int64_t h, float epsilon, int late, T *out, float *rstd) { \
+    _Pragma("omp parallel for schedule(static)") \
+    for (int64_t i = 0; i < n; i++) rstd[i] = norm_row_##S(x + i * h, weight, h, epsilon, late, out + i * h); \
+}
+EACH_TYPE(NORM)
+
+/* with u = dy * weight and r = rstd: dx = r u - x r^3 mean(u x), and, where asked for, dweight [h] = sum over rows of dy * (x r) */
+#define NORM_BACKWARD(T, S) \
+void norm_backward_##S(const T *dy, const T *x, const float *weight, const float *rstd, int64_t n, int64_t h, int late, T *dx, float *dweight) { \
+    int64_t threads = omp_get_max_threads(); float *sums = dweight ? calloc(threads * h, sizeof(float)) : NULL; \
+    _Pragma("omp parallel") { \
+    float *own = sums ? sums + omp_get_thread_num() * h : NULL; \
+    _Pragma("omp for schedule(static)") \
+    for (int64_t i = 0; i < n; i++) { \
+        const T *g = dy + i * h, *row = x + i * h; T *to = dx + i * h; float r = rstd[i], s = 0; \
+        for (int64_t j = 0; j < h; j++) s += wide_##S(g[j]) * weight[j] * wide_##S(row[j]); \
+        float c = s * r * r * r / (float)h; \
+        for (int64_t j = 0; j < h; j++) to[j] = narrow_##S(wide_##S(g[j]) * weight[j] * r - wide_##S(row[j]) * c); \
+        if (own && late) for (int64_t j = 0; j < h; j++) own[j] += wide_##S(g[j]) * wide_##S(narrow_##S(wide_##S(row[j]) * r)); \
+        else if (own) for (int64_t j = 0; j < h; j++) own[j] += wide_##S(g[j]) * wide_##S(row[j]) * r; } \
+    } \
+    if (sums) { /* in the order of threads, so that a run repeats to the bit */ \
+        for (int64_t j = 0; j < h; j++) { float s = 0; for (int64_t t = 0; t < threads; t++) s += sums[t * h + j]; dweight[j] = s; } \
+        free(sums); } \
+}
+EACH_TYPE(NORM_BACKWARD)
+
+/* a = act(g), act = silu (0) or gelu with tanh (1), and its slope */
+static inline float act(float g, int gelu) {
+    return gelu ? 0.5f * g * (1.0f + tangent(0.7978845608f * (g + 0.044715f * g * g * g))) : g / (1.0f + exponential(-g));
+}
+static inline float slope(float g, int gelu) {
+    if (gelu) {
+        float t = tangent(0.7978845608f * (g + 0.044715f * g * g * g));
+        return 0.5f * (1.0f + t) + 0.5f * g * (1.0f - t * t) * 0.7978845608f * (1.0f + 0.134145f * g * g);
+    }
+    float s = 1.0f / (1.0f + exponential(-g));
+    return s * (1.0f + g * (1.0f - s));
+}
+
+/* out [n] = act(gate) * up, all in one line */
+#define GATE(T, S) \
+void gate_##S(const T *gate, const T *up, int64_t n, int gelu, T *out) { \
+    if (gelu) { _Pragma("omp parallel for schedule(static)") \
+        for (int64_t j = 0; j < n; j++) out[j] = narrow_##S(wide_##S(narrow_##S(act(wide_##S(gate[j]), 1))) * wide_##S(up[j])); } \
+    else { _Pragma("omp parallel for schedule(static)") \
+        for (int64_t j = 0; j < n; j++) out[j] = narrow_##S(wide_##S(narrow_##S(act(wide_##S(gate[j]), 0))) * wide_##S(up[j])); } \
+}
+EACH_TYPE(GATE)
+
+#define GATE_BACKWARD(T, S) \
+void gate_backward_##S(const T *dy, const T *gate, const T *up, int64_t n, int gelu, T *dgate, T *dup) { \
+    if (gelu) { _Pragma("omp parallel for schedule(static)") \
+        for (int64_t j = 0; j < n; j++) { float g = wide_##S(gate[j]), d = wide_##S(dy[j]); \
+            dgate[j] = narrow_##S(d * wide_##S(up[j]) * slope(g, 1)); dup[j] = narrow_##S(d * act(g, 1)); } } \
+    else { _Pragma("omp parallel for schedule(static)") \
+        for (int64_t j = 0; j < n; j++) { float g = wide_##S(gate[j]), d = wide_##S(dy[j]); \
+            dgate[j] = narrow_##S(d * wide_##S(up[j]) * slope(g, 0)); dup[j] = narrow_##S(d * act(g, 0)); } } \
+}
+EACH_TYPE(GATE_BACKWARD)
+
 /* out [n, h] = act(both[:, :h]) * both[:, h:], act = silu (0) or gelu with tanh (1) */
 #define GATED(T, S) \
 void gated_##S(const T *both, int64_t n, int64_t h, int gelu, T *out) { \
     _Pragma("omp parallel for schedule(static)") \
     for (int64_t i = 0; i < n; i++) { \
         const T *gate = both + 2 * i * h, *up = gate + h; T *row = out + i * h; \
-        if (gelu) for (int64_t j = 0; j < h; j++) { float g = wide_##S(gate[j]); \
-            float a = 0.5f * g * (1.0f + tangent(0.7978845608f * (g + 0.044715f * g * g * g))); row[j] = narrow_##S(wide_##S(narrow_##S(a)) * wide_##S(up[j])); } \
-        else for (int64_t j = 0; j < h; j++) { float g = wide_##S(gate[j]); \
-            float a = g / (1.0f + exponential(-g)); row[j] = narrow_##S(wide_##S(narrow_##S(a)) * wide_##S(up[j])); } } \
+        if (gelu) for (int64_t j = 0; j < h; j++) row[j] = narrow_##S(wide_##S(narrow_##S(act(wide_##S(gate[j]), 1))) * wide_##S(up[j])); \
+        else for (int64_t j = 0; j < h; j++) row[j] = narrow_##S(wide_##S(narrow_##S(act(wide_##S(gate[j]), 0))) * wide_##S(up[j])); } \
 }
 EACH_TYPE(GATED)
 

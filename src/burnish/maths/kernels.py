@@ -41,6 +41,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "block_lse": (_POINTER, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, _POINTER, _POINTER),
     "add_norm": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, ctypes.c_int, _POINTER),
     "gated": (_POINTER, _INT, _INT, ctypes.c_int, _POINTER),
+    "norm": (_POINTER, _POINTER, _INT, _INT, _FLOAT, ctypes.c_int, _POINTER, _POINTER),
+    "norm_backward": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, ctypes.c_int, _POINTER, _POINTER),
+    "gate": (_POINTER, _POINTER, _INT, ctypes.c_int, _POINTER),
+    "gate_backward": (_POINTER, _POINTER, _POINTER, _INT, ctypes.c_int, _POINTER, _POINTER),
     "few_rows": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER),
     "draw": (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _POINTER),
     "decode": (
@@ -90,6 +94,32 @@ class Kernels:
 
         late: normalised rows are rounded before the weight is multiplied in."""
         self._run["add_norm"](x.data_ptr(), _pointer(y), _pointer(after), _pointer(before), *x.shape, epsilon, late, _pointer(out))
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float, late: bool) -> tuple[Tensor, Tensor]:
+        """(norm(x) of x [n, h] with weights [h] in float32, 1 / root mean square [n] in float32); `late` as in `add_norm`."""
+        out, rstd = torch.empty_like(x), torch.empty(len(x))
+        self._run["norm"](x.data_ptr(), weight.data_ptr(), *x.shape, epsilon, late, out.data_ptr(), rstd.data_ptr())
+        return out, rstd
+
+    def norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, late: bool, trained: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradients of `norm` to x [n, h] and, where `trained`, to the weights [h] in float32."""
+        dx, dweight = torch.empty_like(x), torch.empty(x.shape[1]) if trained else None
+        self._run["norm_backward"](
+            dy.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), *x.shape, late, dx.data_ptr(), _pointer(dweight)
+        )
+        return dx, dweight
+
+    def gate(self, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+        """act(gate) * up, of one shape; act as in `gated`."""
+        out = torch.empty_like(up)
+        self._run["gate"](gate.data_ptr(), up.data_ptr(), up.numel(), gelu, out.data_ptr())
+        return out
+
+    def gate_backward(self, dy: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+        """The gradients of `gate` to both."""
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        self._run["gate_backward"](dy.data_ptr(), gate.data_ptr(), up.data_ptr(), up.numel(), gelu, dgate.data_ptr(), dup.data_ptr())
+        return dgate, dup
 
     def gated(self, both: Tensor, gelu: bool) -> Tensor:
         """act(both[:, :h]) * both[:, h:], both [n, 2 h]; act is silu, or gelu in its tanh form."""
@@ -239,6 +269,16 @@ def _agrees(kernels: Kernels, dtype: torch.dtype) -> list[bool]:
     both = 3 * random(6, 48)
     gate, up = both.float().chunk(2, -1)
     agree += [close(kernels.gated(both, False), F.silu(gate) * up), close(kernels.gated(both, True), F.gelu(gate, approximate="tanh") * up)]
+    for gelu in (False, True):
+        gate, up, dy = (3 * random(5, 24)).requires_grad_(), random(5, 24).requires_grad_(), random(5, 24)
+        want = (F.gelu(gate.float(), approximate="tanh") if gelu else F.silu(gate.float())) * up.float()
+        found = kernels.gate(gate, up, gelu), *kernels.gate_backward(dy, gate, up, gelu)
+        agree += [close(p, q) for p, q in zip(found, (want, *torch.autograd.grad(want, (gate, up), dy.float())))]
+    x, scale, dy = random(6, 24).requires_grad_(), (torch.rand(24, generator=generator) + 0.5).requires_grad_(), random(6, 24)
+    want = F.rms_norm(x.float(), (24,), scale, 1e-6)
+    got, rstd = kernels.norm(x, scale, 1e-6, False)
+    dx, dscale = kernels.norm_backward(dy, x, scale, rstd, False, True)
+    agree += [dscale is not None] + [close(p, q) for p, q in zip((got, dx, dscale), (want, *torch.autograd.grad(want, (x, scale), dy.float()))) if p is not None]
     a, b, bias = random(21, 40), random(9, 40), random(9)
     for n in range(1, FEW + 1):
         x = random(n, 40)

@@ -31,6 +31,7 @@ from burnish.maths.head import (
     head_loss,
     recomputed_rows,
 )
+from burnish.models.fused import fuse
 from burnish.models.recompute import Checkpointing, layers_of, recomputed, recomputed_parameters
 from burnish.models.router import Router, find_router
 from burnish.models.shape import shape_of
@@ -85,6 +86,9 @@ class Policy(nn.Module):
         self.why_not_shared: str | None = None
         self.router: Router | None = None
         if probe:
+            norms, gates = fuse(self.body)
+            why = "each is one pass over memory" if norms or gates else "no kernels for this device and dtype, or none that is understood"
+            self.decisions["fused"] = {"value": f"{norms} norms, {gates} gates", "why": why, "measured": {}}
             self.logit_map = find_logit_map(base, self.body, self.head_weight(), self.head_bias())
             self.router = find_router(base, self.body)
             self.why_not_shared = why_not(base, self.body)

@@ -196,7 +196,7 @@ def measure(policy: Policy, trees: Sequence[Tree], run: Run) -> Activations:
 def ceiling(policy: Policy, tokens: int) -> int | None:
     """More bytes than a micro-batch of `tokens` tokens, all of them labels, holds above what stands there anyway.
 
-    A count of the body's modules, two to four times what is measured: a linear map with its input and output four times
+    A count of the body's modules, several times what is measured: a linear map with its input and output four times
     in float32, a norm ten times, the head's chunk three times. None where the body has parts it does not know, or rows
     are padded.
     """

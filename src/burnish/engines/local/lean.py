@@ -29,6 +29,7 @@ from burnish.forest.attention import Forest, rotation_limit
 from burnish.forest.stream import Layout
 from burnish.maths.head import effective_weight
 from burnish.maths.kernels import FEW, Kernels, kernels_for
+from burnish.models.fused import gelu_of, way_of
 from burnish.models.policy import Policy
 
 COPIED_BYTES = 64 * 2**20  # a model whose weights take less is copied for joined products even where nothing is reordered
@@ -109,32 +110,15 @@ class Matrix:
 
 
 class Norm:
-    """A root-mean-square norm over the last axis, as its module computes it: asked of the module with random rows.
-
-    Some round the normalised rows before they multiply by the weight, some after; some store the weight less one.
-    """
+    """A root-mean-square norm over the last axis, as its module computes it (`models.fused.way_of`)."""
 
     def __init__(self, module: Any) -> None:
-        weight = getattr(module, "weight", None)
-        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(epsilon, float) or hasattr(module, "bias"):
-            raise NotUnderstood(f"a norm is a {type(module).__name__}")
-        self.module, self.epsilon, self.width = module, epsilon, (len(weight),)
-        self.offset, self.late = 0.0, False
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype)
-        with torch.no_grad():
-            want = module(x)
-            errors = {(o, late): self._error(x, want, o, late) for o in (0.0, 1.0) for late in (False, True)}
-        (self.offset, self.late), error = min(errors.items(), key=lambda kv: kv[1])
-        if not error < (1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2):
+        way = way_of(module)
+        if way is None:
             raise NotUnderstood(f"a {type(module).__name__} is no root-mean-square norm")
+        self.module, self.width = module, tuple(module.weight.shape)
+        self.epsilon, self.offset, self.late = way.epsilon, way.offset, way.late
         self.remake()
-
-    def _error(self, x: Tensor, want: Tensor, offset: float, late: bool) -> float:
-        self.offset, self.late = offset, late
-        self.remake()
-        return float((self(x).double() - want.double()).norm() / want.double().norm())
 
     @torch.no_grad()
     def remake(self) -> None:
@@ -259,16 +243,6 @@ class Layer:
         )
 
 
-def _gelu(act: Callable[[Tensor], Tensor]) -> bool | None:
-    """Whether an activation is gelu in its tanh form (True), silu (False), or neither."""
-    x = torch.linspace(-6, 6, 64)
-    y = act(x)
-    for gelu, want in ((False, F.silu(x)), (True, F.gelu(x, approximate="tanh"))):
-        if torch.allclose(y, want, atol=1e-6):
-            return gelu
-    return None
-
-
 def _parts(module: Any, known: set[str], what: str) -> dict[str, Any]:
     parts = dict(module.named_children())
     if strange := sorted(set(parts) - known):
@@ -302,7 +276,7 @@ def _layer(module: Any, rotation: Rotation | None, copied: bool) -> Layer:
     made = Layer(
         Matrix(qkv, copied), Matrix([attention["o_proj"]], copied), Matrix(up, copied), Matrix([mlp["down_proj"]], copied),
         act, norms, before, after, before_mlp, after_mlp, q_norm, norms.get("k_norm"),
-        q_norm is not None and q_norm.width == (width,), rotation, (heads, kv_heads, width), _gelu(act),
+        q_norm is not None and q_norm.width == (width,), rotation, (heads, kv_heads, width), gelu_of(act),
     )  # fmt: skip
     made.remake()
     return made
