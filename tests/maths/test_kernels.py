@@ -106,3 +106,12 @@ def test_few_rows_are_the_products_side_by_side(dtype: torch.dtype, rows: int, w
     assert torch.allclose(run(x).double(), want, rtol=4 * torch.finfo(dtype).eps, atol=2e-5 if dtype == torch.float32 else 2e-3)
     weights[1][5] += 1  # the weights are read where they lie
     assert not torch.equal(run(x)[:, 6].double(), want[:, 6])
+
+
+def test_they_are_checked_where_there_is_no_graph() -> None:
+    kernels._checked.cache_clear()
+    with torch.no_grad():
+        assert kernels_for(torch.float32) is not None
+    kernels._checked.cache_clear()
+    with torch.inference_mode():
+        assert kernels_for(torch.float32) is not None

@@ -236,7 +236,8 @@ def _checked(dtype: torch.dtype) -> Kernels | None:
         return None
     try:
         kernels = Kernels(found, dtype)
-        return kernels if all(_agrees(kernels, dtype)) else None
+        with torch.inference_mode(False), torch.enable_grad():  # it may be asked for where gradients are off
+            return kernels if all(_agrees(kernels, dtype)) else None
     except (AttributeError, OSError):
         return None
 
