@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install quickstart test lint accept-01 accept-02 bench spark peers peers-vllm clean
+.PHONY: install quickstart test lint accept-01 accept-02 accept-03 bench spark peers peers-vllm clean
 
 install: $(READY)
 
@@ -30,6 +30,9 @@ accept-01: $(READY)
 
 accept-02: $(READY)
 	$(BIN)/python tools/accept.py 02
+
+accept-03: $(READY)
+	$(BIN)/python tools/accept.py 03
 
 # The whole benchmark suite beside its peers, unattended (expect about an hour on two idle cores; needs models/gemma-270m and make peers).
 bench: $(READY)

@@ -29,9 +29,9 @@ from benchmarks.suite import BENCHES, Bench
 MODEL = ROOT / "models/gemma-270m"
 
 
-def random_model(folder: Path, tiny: bool) -> Path:
+def random_model(folder: Path, shape: str) -> Path:
     """The folder of benchmarks.random_model, made when it is first asked for."""
-    command = [sys.executable, "-m", "benchmarks.random_model", str(folder), *(["--tiny"] if tiny else [])]
+    command = [sys.executable, "-m", "benchmarks.random_model", str(folder), "--shape", shape]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return folder
 
@@ -102,14 +102,16 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as name:
         scratch = Path(name)
-        small = cache(lambda: random_model(scratch / "small-vocabulary", asked.smoke))
-        model = small() if asked.smoke and asked.model == MODEL else asked.model
+        small_vocabulary = cache(lambda: random_model(scratch / "small-vocabulary", "tiny" if asked.smoke else "32k"))
+        small = cache(lambda: random_model(scratch / "small", "tiny" if asked.smoke else "small"))
+        model = small_vocabulary() if asked.smoke and asked.model == MODEL else asked.model
         if not (model / "config.json").exists():
             parser.error(f"no model at {model}; give --model FOLDER (tools/gemma_folder.py makes the default one)")
         session = Session(
             model=model.resolve(), scratch=scratch, calibration=calibrate([] if asked.smoke else shapes(model), 64 if asked.smoke else 2048),
             gauge=(lambda: 1.0) if asked.smoke else gauge, blocks=1 if asked.quick or asked.smoke else 3,
-            threads=asked.threads, smoke=asked.smoke, say=lambda text: print(text, flush=True), small_vocabulary=small,
+            threads=asked.threads, smoke=asked.smoke, say=lambda text: print(text, flush=True), small_vocabulary=small_vocabulary,
+            small=small,
         )  # fmt: skip
         session.best_gflops = max(session.gauge() for _ in range(3))
         stamp = {

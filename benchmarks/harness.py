@@ -249,6 +249,7 @@ class Session:
     alive: list[Child] = field(default_factory=list)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     small_vocabulary: Callable[[], Path] = lambda: Path()
+    small: Callable[[], Path] = lambda: Path()
 
     @contextmanager
     def child(self, name: str, where: str, module: str) -> Iterator[Child]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import evidence
 from benchmarks.harness import Criterion
 from benchmarks.suite import BENCHES, GPU, Bench
 
@@ -116,10 +117,31 @@ def page(found: Mapping[str, tuple[Path, Result]]) -> str:
         counts = {v: sum(m is v for _, m in met) for v in (True, False, None)}
         parts.append(f"Criteria of what is stored: {counts[True]} met, {counts[False]} missed, {counts[None]} not measured.")
     parts += [section(bench, found.get(bench.id)) for bench in BENCHES.values()]
+    parts.append(learning("Evidence of reinforcement learning", found.get(evidence.ID), "python tools/evidence.py"))
+    parts.append(learning("GRPO of Gemma 3 270M", found.get(evidence.GEMMA), "python tools/evidence.py --recipe policy_gradient/gemma_grpo --model models/gemma-270m"))
     parts.append("## On a GPU")
     parts.append(table(["id", "what", ""], [[name, what, gpu(found.get(name))] for name, what in GPU.items()]))
     parts += [gpu_section(name, found[name][1]) for name in GPU if name in found]
     return "\n\n".join(parts) + "\n"
+
+
+def learning(title: str, found: tuple[Path, Result] | None, remedy: str) -> str:
+    """What reinforcement made of a model, from runs that `tools/evidence.py` stored."""
+    title = f"## {title}"
+    if found is None:
+        return f"{title}\n\nNot measured yet: `{remedy}`."
+    path, result = found
+    wanted = [[c.name, c.wanted, c.measured, verdict(c.met)] for c in evidence.criteria(result)]
+    where = (
+        f"`{result['command']}`, {result['date']}, commit {result['environment']['commit']}, one thread a run. Stored: `results/{path.name}`."
+    )
+    note = (
+        f"{result['about']} {result['items']} held-out items a seed, greedy, asked before and after; the test is paired over the items of all seeds "
+        "(exact McNemar), so it says how sure the gain of *these* runs is; whether it comes again, the seeds say. Tokens, FLOPs and seconds are of "
+        "the stage without its evaluation, a seed on average."
+    )
+    rows = table(evidence.COLUMNS, [evidence.cells(row) for row in result["rows"]])
+    return "\n\n".join([title, where, note, rows, table(["criterion", "wanted", "measured", ""], wanted)])
 
 
 def gpu(found: tuple[Path, Result] | None) -> str:

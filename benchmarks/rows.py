@@ -63,3 +63,34 @@ def rollouts(prompts: int, group: int, vocabulary: int, *, seed: int = 2, median
     made = [ids(dice, dice.randint(*prompt), vocabulary) for _ in range(prompts)]
     lengths = [log_normal(dice, median, 0.7, 2, most) for _ in range(prompts * group)]
     return {"prompts": [p for p in made for _ in range(group)], "lengths": lengths}
+
+
+def questions(prompts: int, group: int, vocabulary: int, *, prompt: int = 128, median: float = 52, most: int = 128, seed: int = 3) -> dict[str, Any]:
+    """`rollouts` with prompts of one length, and limits (`limited`)."""
+    return limited(rollouts(prompts, group, vocabulary, seed=seed, median=median, most=most, prompt=(prompt, prompt)), group)
+
+
+def limited(work: dict[str, Any], group: int) -> dict[str, Any]:
+    """Beside each row's length, the most tokens a completion of its prompt may have to be worth 1.
+
+    That is the lower median of its group's lengths: some of a group keep within it and some do not (where all were equal one
+    is made shorter), so that no group has equal rewards, whatever tokens are drawn.
+    """
+    lengths = list(work["lengths"])
+    for first in range(0, len(lengths), group):
+        if len(set(lengths[first : first + group])) == 1:
+            lengths[first] -= 1
+    limits: list[int] = []
+    for first in range(0, len(lengths), group):
+        own = sorted(lengths[first : first + group])
+        shorter = [n for n in own if n < own[-1]]
+        limits += [shorter[min(len(shorter), group // 2) - 1]] * group
+    return work | {"lengths": lengths, "limits": limits}
+
+
+def brief(work: dict[str, Any], group: int, tokens: int, vocabulary: int) -> dict[str, Any]:
+    """The same questions with prompts and completions of at most `tokens`, and completions to learn from: a cheap first step."""
+    dice = random.Random(4)
+    cut = work | {"prompts": [p[-tokens:] for p in work["prompts"]], "lengths": [min(n, tokens) for n in work["lengths"]]}
+    cut = limited(cut, group)
+    return cut | {"given": [ids(dice, n, vocabulary) for n in cut["lengths"]]}

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks import cold, head, memory, rollout, sft, tree
+from benchmarks import cold, grpo, head, memory, ppo, rollout, sft, tree
 from benchmarks.harness import Case, Criterion, Session
 
 Column = tuple[str, Callable[[Case], str]]
@@ -60,6 +60,11 @@ EXTRA: Column = ("extra GB, peer / ours", both("extra_bytes", gb))
 STEP = (*SPEED[:3], *LIMITS, ("peak GB of a step, peer / ours", both("peak_bytes", gb)), *SPEED[3:])
 
 
+def parts(case: Case) -> str:
+    """`theirs / ours` of each part of a step of reinforcement learning, in seconds."""
+    return "; ".join(f"{part.removesuffix('_s')} {both(part, lambda x: f'{x:.2f}')(case)}" for part in grpo.PARTS)
+
+
 def probes(case: Case) -> str:
     how = case.get("how")
     if not how:
@@ -78,6 +83,13 @@ BENCHES = {
         Bench("B2", "SFT, LoRA of rank 16 on all linear layers, the same rows", sft.b2, sft.b2_criteria, STEP, SFT_NOTE.format(work="loss tokens")),
         Bench("B3", "SFT, equal lengths, every token a label (TRL's best case)", sft.b3, sft.b3_criteria, STEP, SFT_NOTE.format(work="tokens")),
         Bench("B4", "SFT, 8 packed rows of 512 a step, TRL with `packing=True`", sft.b4, sft.b4_criteria, STEP, SFT_NOTE.format(work="tokens")),
+        Bench("B7", "A GRPO step: 8 prompts x 8 completions, drawn, scored and learned from", grpo.run, grpo.criteria,
+              (*SPEED[:3], ("seconds, peer / ours", parts), *LIMITS, ("peak GB of a step, peer / ours", both("peak_bytes", gb)), *SPEED[3:]),
+              "Rates are samples a second, end to end. Lengths, rewards and loss are the same for both, and no group has equal rewards: see "
+              "benchmarks/grpo.py. TRL at its defaults and at its best as in B1, with `generate`; burnish: a stage's own step, everything `auto`."),
+        Bench("B8", "PPO with a value head, one step from prompts to update", ppo.run, ppo.criteria, (*SPEED[:3], *LIMITS, *SPEED[3:]),
+              "Rates are samples a second. The peer is a loop over transformers written for this bench (benchmarks/peers/ppo.py): fp32 weights "
+              "under bf16 autocast; at its best bf16 weights, the head on completion rows alone, rows of like length together."),
         Bench("B9", "Rollouts, skewed lengths", rollout.run, rollout.criteria, (*SPEED[:3], *LIMITS, *SPEED[3:]),
               "Rates are useful tokens a second. Every row has its length beforehand: see benchmarks/rollout.py for how each system is told."),
         Bench("B11", "The head, forward and backward", head.run, head.criteria, (*SPEED[:3], *LIMITS, EXTRA, *SPEED[3:]),

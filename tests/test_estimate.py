@@ -243,3 +243,43 @@ def test_what_cannot_be_tried_in_miniature_is_refused(tmp_path: Path, monkeypatc
     Path("r.yaml").write_text(DRAWING.format(name="c", method="dapo").replace("rewards: task", "rewards: {name: length_cap, cap: 1000}"), encoding="utf-8")
     with pytest.raises(MachineError, match=r"stage 'rl' cannot be tried.*no completion of the miniature has a gradient"):
         estimate("r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("ppo", ["stages.rl.critic={pretrain_steps: 3, prune: {chunk_tokens: 8}}", "stages.rl.rollouts.updates=2"]),
+        ("grpo", ["stages.rl.rollouts={refill: 2, overlong_cushion: 16, old_logprobs: trainer, max_new_tokens: 32}"]),
+        ("{name: mixer, warmup: 3}", []),
+        ("trpo", ["stages.rl.train.learning_rate=1"]),
+        ("mrt", []),
+        ("astar_po", []),
+    ],
+)
+def test_methods_with_more_than_a_policy_are_tried_too(method: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A critic, a refill, given tokens, a step of its own, gold completions, values before the first round; no weight moves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    policies: list[Any] = []
+    load = module.load_policy
+    monkeypatch.setattr(module, "load_policy", lambda *given, **named: policies.append(load(*given, **named)) or policies[-1])
+    Path("r.yaml").write_text(DRAWING.format(name="m", method=method), encoding="utf-8")
+    found = phases(estimate("r.yaml", more)["stages"][1])
+    assert found["rollouts"]["tokens"] > 0 and found["train"]["tokens"] > 0 and found["train"]["seconds"] > 0
+    if method == "astar_po":  # eight of each of the 64 prompts of four rounds, which then draw one of each
+        assert found["screen"]["tokens"] == pytest.approx(8 * found["rollouts"]["tokens"], rel=0.01)
+    fresh = load("spark", dtype="float32", probe=False).model
+    assert policies and all(torch.equal(a, b) for p in policies for a, b in zip(p.model.parameters(), fresh.parameters()))
+
+
+def test_a_stage_of_stored_completions_is_tried_with_its_critic_and_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "PROBE_S", 0.01)  # a part of a batch is all that is tried
+    rows = [json.dumps({"prompt": f"{i}+1", "completion": f"{i} and 1\n#### {i + 1}", "reward": i % 2}) for i in range(64)]
+    Path("rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    Path("r.yaml").write_text(
+        "burnish: 1\nname: o\nmodel: spark\nstages:\n  - name: oreo\n    method: {name: oreo, level: step}\n    data: {file: rows.jsonl}\n"
+        "    train: {steps: 4, batch_rows: 64, learning_rate: 1.0e-5}\n", encoding="utf-8",
+    )  # fmt: skip
+    found = estimate("r.yaml")["stages"][1]
+    assert phases(found)["train"]["executed_flops"] > 2 * phases(found)["train"]["useful_flops"] > 0

@@ -2,6 +2,7 @@
 
     make accept-01 [MODEL=/path/to/gemma-270m]
     make accept-02 [MODEL=/path/to/gemma-270m]
+    make accept-03 [MODEL=/path/to/gemma-270m]
 
 Criteria that need a real model folder or the peers' environment say so where they are absent, and count as not measured.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,7 +41,7 @@ def gflops() -> float:
 
 def burnish(*argv: str, cwd: Path) -> tuple[int, float, str]:
     begin = time.monotonic()
-    done = subprocess.run([BIN / "burnish", *argv], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([BIN / "python", "-m", "burnish", *argv], cwd=cwd, capture_output=True, text=True)
     return done.returncode, time.monotonic() - begin, done.stdout + done.stderr
 
 
@@ -152,10 +154,10 @@ def speed(folder: Path, model: Path) -> None:
 
 
 def full_speed(folder: Path, model: Path, ids: list[str]) -> None:
-    """Full speed: every target and floor of the suite, one line each."""
+    """Every target and floor of these benches (of all, where none is named), one line each."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.report import criteria
-    from benchmarks.suite import BENCHES, GPU
+    from benchmarks.suite import BENCHES
 
     results = {r["id"]: r for r in bench(model, folder / "suite.json", *ids)}
     for name in ids or BENCHES:
@@ -166,8 +168,135 @@ def full_speed(folder: Path, model: Path, ids: list[str]) -> None:
             line(f"{name} ran to its end", False, results[name]["error"])
         for c in criteria(results[name]):
             line(f"{c.id} {c.name}", c.met, f"{c.measured} (wanted {c.wanted})")
+
+
+def on_a_gpu() -> None:
+    from benchmarks.suite import GPU
+
     for name, what in GPU.items():
         line(f"{name} {what}", None, "benchmarks/gpu.sh, on a machine with a GPU")
+
+
+# ---- reinforce
+
+BAD_INPUT = (17, 22, 23, 24, 25, 26, 27, 38)  # faults are tests named test_NN_...
+
+
+def tested(folder: Path) -> None:
+    """Laws over every row, TRL's own numbers, and what goes wrong in a stage: from one run of those tests."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from burnish.core.table import describe
+
+    out = folder / "reinforce.xml"
+    paths = ["tests/laws", "tests/equivalence/test_trl_grpo.py", "tests/faults", "tests/methods"]
+    subprocess.run([BIN / "python", "-m", "pytest", "-q", "-n", "0", f"--junitxml={out}", *paths], cwd=ROOT, capture_output=True, text=True)
+    if not out.exists():
+        return line("tests of reinforcement learning", False, "they did not run")
+    cases = list(ET.parse(out).getroot().iter("testcase"))
+    failed = {c for c in cases if c.find("failure") is not None or c.find("error") is not None}
+    passed = [c for c in cases if c not in failed and c.find("skipped") is None]
+
+    def told(name: str, among: list[ET.Element], more: str = "", whole: bool = True) -> None:
+        good = [c for c in among if c in passed]
+        bad = [c.get("name", "") for c in among if c in failed]
+        ok = bool(good) and not bad and whole
+        line(name, ok, f"{len(good)} of {len(among)} tests pass{more}" + (f"; failed: {', '.join(bad[:3])}" if bad else ""))
+
+    rows = [n for n, row in describe("method").items() if {"advantage", "surrogate"} <= {p.name for p in row.parameters}]
+    laws = [c for c in cases if c.get("classname", "").startswith("tests.laws")]
+    met = {re.sub(r".*\[([^]-]*).*", r"\1", c.get("name", "")) for c in laws if "test_policy_gradient" in c.get("classname", "")}
+    missing = sorted(set(rows) - met)
+    told("laws over every row", laws, f", {len(rows) - len(missing)} of {len(rows)} rows under them" + (f" (not {', '.join(missing)})" if missing else ""), not missing)
+    told("TRL's losses, gradients and advantages (fixture)", [c for c in cases if "test_trl_grpo" in c.get("classname", "")])
+    told("every row takes a step or says what it lacks", [c for c in cases if "test_every_row_takes_a_step" in c.get("name", "")])
+    for number in BAD_INPUT:
+        mine = [c for c in cases if re.match(rf"test_{number}_", c.get("name", ""))]
+        told(f"bad input, row {number}", mine) if mine else line(f"bad input, row {number}", None, f"no test is named test_{number}_...")
+
+
+def stored_evidence(name: str, what: str, remedy: list[str]) -> None:
+    """Every criterion of a stored result of tools/evidence.py; where there is none, it is made first if that needs nothing else."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import evidence, report
+
+    if name not in report.newest() and remedy:
+        subprocess.run([BIN / "python", "tools/evidence.py", *remedy], cwd=ROOT, check=False)
+    if name not in report.newest():
+        return line(what, None, "nothing is stored: see tools/evidence.py --help")
+    path, result = report.newest()[name]
+    for c in evidence.criteria(result):
+        line(f"{what}, {c.name}", c.met, f"{c.measured} (wanted {c.wanted}); {path.name}")
+
+
+def sampler_gap(folder: Path) -> None:
+    """The largest difference of a token's log-probability between sampler and trainer, of a few steps in fp32."""
+    code, _, said = burnish(
+        "run", "policy_gradient/grpo", "--set", "name=gap", "--set", "dtype=float32", "--set", "stages.rl.train.steps=8", "--set", "evals.sums.rows=50",
+        "--set", "evals.sums.strategies=[greedy]", cwd=folder,
+    )  # fmt: skip
+    if code:
+        return line("sampler-trainer gap", False, f"exit code {code}: {said[-500:]}")
+    rows = [json.loads(row) for row in (folder / "runs/gap/02-rl/metrics.jsonl").read_text().splitlines()]
+    found = [(row["sampler_gap_max"], row["sampler_gap"]) for row in rows if row.get("sampler_gap_max") is not None]
+    if not found:
+        return line("sampler-trainer gap", False, "no step of the run compared them")
+    most, mean = max(m for m, _ in found), max(m for _, m in found)
+    line("sampler-trainer gap, fp32", most < 1e-4, f"{most:.1e} nats at most, {mean:.1e} on average, {len(found)} steps (limit 1e-4)")
+
+
+def reinforced_quickstart(folder: Path) -> None:
+    """GRPO after SFT on the primary eval, votes on top of it, and the time of it all."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from burnish.evals.statistics import compare
+
+    speed = gflops()
+    code, seconds, said = burnish("quickstart", cwd=folder)
+    if code:
+        return line("quickstart", False, f"exit code {code}: {said[-500:]}")
+    calibrated = seconds * speed / REFERENCE_GFLOPS
+    line("quickstart time", calibrated < 360, f"{seconds:.0f} s here at {speed:.0f} GFLOP/s fp32 = {calibrated:.0f} s at 120 (limit 360)")
+    home = folder / "runs/quickstart"
+    found = json.loads((home / "report.json").read_text())
+    name = found["verdict"]["primary"]["eval"]
+    evals = {path.parts[-3].partition("-")[2]: json.loads(path.read_text()) for path in sorted(home.glob(f"*/evals/{name}.json"))}
+    if "grpo" not in evals:
+        return line("quickstart: GRPO over SFT", False, f"no stage called grpo was judged on {name}; there are {', '.join(evals)}")
+    c = compare(evals["sft"], evals["grpo"], "greedy")
+    ok = c.difference >= 0.05 and c.p < 0.01 and c.n >= 1000
+    line("quickstart: GRPO over SFT, greedy", ok, f"{100 * c.difference:+.1f} points (wanted +5), n = {c.n}, p = {c.p:.1e}")
+    c = compare(evals["grpo"], evals["grpo"], "greedy", "vote:16")
+    said_of = [
+        x["outcome"] for x in found["comparisons"]
+        if (x["eval"], x["stage"], x["strategy"], x["against_strategy"]) == (name, "grpo", "vote:16", "greedy") and x["kind"] == "strategy"
+    ]  # fmt: skip
+    better = c.difference > 0 and c.p < 0.05
+    honest = bool(said_of) and (said_of[0] == "better") == better
+    measured = f"{100 * c.difference:+.1f} points, n = {c.n}, p = {c.p:.1e}, {c.cost:.1f} times the tokens; the report says {said_of[0] if said_of else 'nothing'!r}"
+    line("quickstart: vote:16 over greedy after GRPO, or the report says that it is not better", better or honest, measured)
+
+
+def reinforce(folder: Path, model: Path | None, wanted: list[str]) -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.suite import BENCHES
+
+    todo: dict[str, Any] = {
+        "tests": lambda: tested(folder),
+        "evidence": lambda: stored_evidence("evidence", "evidence", ["--jobs", str(os.cpu_count() or 1)]),
+        "gemma": lambda: stored_evidence("gemma_grpo", "GRPO of Gemma 3 270M", []),
+        "gap": lambda: sampler_gap(folder),
+        "quickstart": lambda: reinforced_quickstart(folder),
+    }
+    for what in wanted or [*todo, "speed"]:
+        if what in todo:
+            todo[what]()
+        elif what != "speed":
+            raise SystemExit(f"no part {what!r}; there are {', '.join(todo)}, speed")
+        elif model is None:
+            line("B7, B8", None, "no model: set MODEL to a folder (tools/gemma_folder.py makes one)")
+        else:
+            for name in [b for b in ("B7", "B8") if b not in BENCHES]:
+                line(name, None, "the suite has no such bench")
+            full_speed(folder, model, [b for b in ("B7", "B8") if b in BENCHES])
 
 
 def finish() -> int:
@@ -196,14 +325,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         if which == ["01"]:
             first_light(Path(name), model, wanted)
+        elif which == ["03"]:
+            default = ROOT / "models/gemma-270m"
+            reinforce(Path(name), model or (default if default.exists() else None), wanted)
         elif which == ["02"]:
-            model = model or ROOT / "models/gemma-270m"
-            if model.exists():
-                full_speed(Path(name), model, wanted)
+            from_suite = model or ROOT / "models/gemma-270m"
+            if from_suite.exists():
+                full_speed(Path(name), from_suite, wanted)
+                on_a_gpu()
             else:
-                line("the suite", None, f"no model at {model}: set MODEL to a folder (tools/gemma_folder.py makes one)")
+                line("the suite", None, f"no model at {from_suite}: set MODEL to a folder (tools/gemma_folder.py makes one)")
         else:
-            raise SystemExit("usage: tools/accept.py 01 [quickstart suite own_data speed] | 02 [bench ids]")
+            raise SystemExit("usage: tools/accept.py 01 [quickstart suite own_data speed] | 02 [bench ids] | 03 [tests evidence gemma gap quickstart speed]")
     return finish()
 
 

@@ -20,16 +20,12 @@ from benchmarks.protocol import BEGAN, Answer, serve, versions
 held: dict[str, Any] = {}
 
 
-def prepare(*, model: str, threads: int, probe: list[int], setting: str) -> Answer:
+def end_as_told(told: dict[str, Any]) -> None:
+    """From now on sample i of a call ends at token `told["lengths"][i]`, and no token ends one."""
     import numpy as np
-    import torch
 
     import burnish.engines.local.engine as local
     from burnish.engines.local.rollout import Rollout
-    from burnish.models.load import load_policy
-
-    imported = time.perf_counter()
-    torch.set_num_threads(threads)
 
     class Ends(Rollout):
         """Samples that end where they are told to."""
@@ -37,14 +33,25 @@ def prepare(*, model: str, threads: int, probe: list[int], setting: str) -> Answ
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             self.ends[:] = False
-            self.told = np.array([node.end + n for node, n in zip(self.nodes, held["lengths"])])
+            self.told = np.array([node.end + n for node, n in zip(self.nodes, told["lengths"])])
 
         def _draw(self, hidden: Any, requests: Any, row: Any, position: Any, limit: Any) -> Any:
             return super()._draw(hidden, requests, row, position, self.told[requests])
 
     local.Rollout = Ends  # type: ignore[misc]
+
+
+def prepare(*, model: str, threads: int, probe: list[int], setting: str) -> Answer:
+    import torch
+
+    from burnish.engines.local.engine import LocalEngine
+    from burnish.models.load import load_policy
+
+    imported = time.perf_counter()
+    torch.set_num_threads(threads)
+    end_as_told(held)
     policy = load_policy(model)
-    held["engine"] = engine = local.LocalEngine(policy)
+    held["engine"] = engine = LocalEngine(policy)
     node = engine.prefill(probe)
     score = sum(engine.score([node])[0])
     engine.free(node)

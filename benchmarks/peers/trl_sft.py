@@ -67,8 +67,13 @@ def read_rows(path: str) -> list[dict[str, list[int]]]:
     return [{key: row[key] for key in ("input_ids", "completion_mask")} for row in rows]
 
 
-def build(command: dict[str, Any], scratch: str) -> tuple[Any, Callable[[], dict[str, Any]]]:
-    """A trainer for this command, and a function that says what it did since last asked."""
+Order = dict[str, Any]
+# a trainer for a `prepare`, what tells it of a `step` before it begins, and what says afterwards what it did
+Built = tuple[Any, Callable[[Order], None], Callable[[], dict[str, Any]]]
+
+
+def build(command: Order, scratch: str) -> Built:
+    """An SFTTrainer, watched."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -143,11 +148,14 @@ def build(command: dict[str, Any], scratch: str) -> tuple[Any, Callable[[], dict
         peft_config=LoraConfig(**LORA) if command["mode"] == "lora" else None,
     )
 
+    def tell(order: Order) -> None:
+        trainer.given = order.get("given")
+
     def report() -> dict[str, Any]:
         seen = trainer.seen
         return {**seen, "loss": float(seen["loss"]), "grad_norm": float(trainer.norm), "learning_rate": trainer.rate}
 
-    return trainer, report
+    return trainer, tell, report
 
 
 def _example(row: dict[str, list[int]]) -> dict[str, Any]:
@@ -166,14 +174,14 @@ def _sequences(inputs: Any) -> list[tuple[int, ...]]:
     return [tuple(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)])]
 
 
-def serve(commands: Commands, command: dict[str, Any], began: float) -> None:
+def serve(commands: Commands, command: Order, began: float, build: Callable[[Order, str], Built]) -> None:
     """Prepare, then let TRL train as many steps as the parent asks for, one command at a time."""
     import trl  # noqa: F401  (its import is timed apart)
     from transformers import TrainerCallback
 
     imported = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer, report = build(command, scratch)
+        trainer, tell, report = build(command, scratch)
 
         class Gate(TrainerCallback):
             """Holds TRL's loop between two steps until the parent asks for one more."""
@@ -187,7 +195,7 @@ def serve(commands: Commands, command: dict[str, Any], began: float) -> None:
                     raise Stop
                 if command["do"] != "step":
                     raise ValueError(f"not understood while training: {command}")
-                trainer.given = command.get("given")
+                tell(command)
                 forget_peak()
                 self.asked = time.perf_counter()
 
@@ -217,7 +225,7 @@ def serve(commands: Commands, command: dict[str, Any], began: float) -> None:
         trainer.train()
 
 
-def main() -> int:
+def main(build: Callable[[Order, str], Built] = build) -> int:
     commands = Commands()
     command = commands.next()
     if command["do"] == "stop":
@@ -225,7 +233,7 @@ def main() -> int:
     try:
         if command["do"] != "prepare":
             raise ValueError(f"the first command is prepare, not {command['do']}")
-        serve(commands, command, time.perf_counter())
+        serve(commands, command, time.perf_counter(), build)
     except Stop:
         return 0
     except Exception as error:

@@ -25,12 +25,12 @@ from burnish.config.schema import LIKELIHOOD, Eval, Recipe, Rollouts, Source, St
 from burnish.core.errors import ConfigError, DataError
 from burnish.core.records import Example, Message, Rendered, Sampling
 from burnish.core.seeds import derive
-from burnish.core.table import describe_row, load_row
+from burnish.core.table import describe_row, did_you_mean, load_row
 from burnish.data import formats
 from burnish.data.chat import ChatFormat, Mask, Prepared, preview
 from burnish.data.sampler import Sampler
 from burnish.data.sources import Dropped
-from burnish.data.tasks.base import Item, Task, items
+from burnish.data.tasks.base import Item, Task, after_examples, items, shown
 from burnish.engines.connect import Api, connect, models
 from burnish.engines.endpoint import Endpoint
 from burnish.engines.local.engine import LocalEngine
@@ -38,9 +38,9 @@ from burnish.engines.remote import Conversation, RemoteEngine
 from burnish.evals.accuracy import evaluate
 from burnish.maths.estimators import bootstrap_mean
 from burnish.maths.policy_gradient import Setting, override
-from burnish.methods.policy_gradient import Question
 from burnish.methods.policy_gradient import build as build_policy_gradient
-from burnish.methods.rounds import all_dead
+from burnish.methods.rounds import Question, all_dead
+from burnish.methods.stored import stored
 from burnish.models.adapters import merge
 from burnish.models.load import known, load_tokenizer
 from burnish.models.policy import Policy
@@ -68,17 +68,19 @@ class Rows:
     conversational: bool = False
     notices: dict[str, int] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    folders: list[Source] = field(default_factory=list)  # of trajectories: their rows are ids already
 
     @property
     def format(self) -> str:
         return ", ".join(dict.fromkeys(s["format"] for s in self.sources))
 
 
-def example_of(item: Item, target: str, task: str) -> Example:
-    """A task's item as a conversation: the question, and the gold rationale or the bare answer to learn."""
+def example_of(item: Item, target: str, task: str, examples: Sequence[Item] = ()) -> Example:
+    """A task's item as a conversation: the question (after solved ones), and the gold rationale or the bare answer to learn."""
     text = item.rationale if target == "rationale" else item.answer
     columns = {"answer": item.gold, "question": item.question, "level": item.level, "facts": dict(item.facts), "task": task}
-    return Example((Message("user", item.question),), (Message("assistant", text),), columns=columns, where=item.id)
+    asked = after_examples(examples, item.question)
+    return Example((Message("user", asked),), (Message("assistant", text),), columns=columns, where=item.id)
 
 
 def read_sources(sources: Sequence[Source], seed: int, need: Literal["completion", "prompt"] = "completion") -> Rows:
@@ -87,10 +89,20 @@ def read_sources(sources: Sequence[Source], seed: int, need: Literal["completion
     for source in sources:
         if source.task is not None:
             task = cast(Task, load_row("task", source.task))
-            made = items(task, fold=source.fold, levels=source.levels, rows=source.rows or 0, seed=derive(seed, "data", source.task))
-            rows.examples += [example_of(item, source.target, source.task) for item in made]
+            first = shown(task, source.levels, source.shots, seed)
+            told = {example.question for example in first}  # their answers stand in the prompt: no rows
+            drawn = items(task, fold=source.fold, levels=source.levels, rows=(source.rows or 0) + len(told), seed=derive(seed, "data", source.task))
+            made = [item for item in drawn if item.question not in told][: source.rows]
+            rows.examples += [example_of(item, source.target, source.task, first) for item in made]
             rows.conversational = True
             rows.sources.append({"task": source.task, "format": f"task {source.task}", "rows": len(made)})
+            continue
+        if Path(str(source.file)).is_dir():
+            for name in ("columns", "format", "on_bad_row"):
+                if getattr(source, name) != type(source).model_fields[name].default:
+                    message = f"{name} is for a file, and this is a folder of trajectories: it would do nothing"
+                    raise ConfigError(message, where=str(source.file), remedy=f"remove {name}")
+            rows.folders.append(source)
             continue
         found = formats.load(str(source.file), columns=source.columns, on_bad_row=source.on_bad_row, limit=source.limit, need=need)
         if source.format not in ("auto", found.format):
@@ -120,6 +132,7 @@ class StageMaterial:
 
     def render(self, mask: Mask) -> tuple[Prepared, tuple[Rendered, ...]]:
         train = self.stage.train
+        self._no_folders()
         limit = min(train.max_tokens or self.context, self.context)
         skip = "skip" if any(s.on_bad_row == "skip" for s in self.stage.data) else "error"
         prepared = self.chat.render_all(
@@ -148,6 +161,7 @@ class StageMaterial:
 
         hint  what takes the place of the last turn where the answer is told; one that does not fit tells nothing
         """
+        self._no_folders()
         train, room = self.stage.train, self.context - 1
         limit = min(train.max_tokens or room, room)
         found: list[Question] = []
@@ -196,9 +210,89 @@ class StageMaterial:
     def sampler(self, rows: int) -> Sampler:
         return Sampler(rows, self.stage.train.batch_rows, derive(self.recipe.seed, "order", self.stage.name))
 
-    def steps(self, sampler: Sampler) -> int:
+    def _no_folders(self) -> None:
+        if self.rows.folders:
+            message = f"is a folder of completions with rewards, and {self.stage.method.name!r} learns from rows"
+            raise DataError(message, where=str(self.rows.folders[0].file), remedy="name a .jsonl, .json or .csv file, or choose method: oreo")
+
+    def scored(self, reward: str) -> tuple[Prepared, list[float]]:
+        """Completions with the number in their column `reward`, or stored ones with their own. Raises DataError, ConfigError."""
+        if self.stage.train.validation_rows:
+            message = f"{self.stage.method.name!r} has no loss on held-out rows"
+            raise ConfigError(message, where=f"stages.{self.stage.name}.train.validation_rows", remedy="remove it, and judge by evals")
+        worth: dict[str, float] = {}
+        rows: list[Rendered] = []
+        dropped = self.rows.dropped
+        for example in self.rows.examples:
+            worth[example.where] = _number(example, reward)
+        if self.rows.examples:
+            prepared, _ = StageMaterial(self.recipe, self.stage, replace(self.rows, folders=[]), self.chat, self.context).render(load_row("mask", "completion"))
+            rows += prepared.rows
         train = self.stage.train
-        return train.steps if train.steps is not None else sampler.steps(train.epochs or 0)
+        limit = min(train.max_tokens or self.context, self.context)
+        for source in self.rows.folders:
+            count = 0
+            for one in stored(Path(str(source.file)), self._decode):
+                if source.limit is not None and count >= source.limit:
+                    break
+                if one.reward is None:
+                    dropped.add("no reward", one.where)
+                elif len(one.prompt) + len(one.completion) > limit:
+                    if train.on_long_row == "error":
+                        message = f"has {len(one.prompt) + len(one.completion)} tokens and {limit} fit"
+                        raise DataError(message, where=one.where, remedy="on_long_row: drop")
+                    dropped.add(f"longer than {limit} tokens", one.where)  # a part of a completion did not earn its reward
+                else:
+                    trained = (False,) * len(one.prompt) + (True,) * len(one.completion)
+                    rows.append(Rendered((*one.prompt, *one.completion), trained, one.where))
+                    worth[one.where] = one.reward
+                    count += 1
+            self.rows.sources.append({"file": str(source.file), "format": "trajectories", "rows": count})
+        if not rows:
+            raise DataError(f"no completion is left; dropped: {dropped.counts}", where=f"stages.{self.stage.name}.data")
+        labels = sum(sum(r.trained) for r in rows)
+        made = Prepared(
+            rows=tuple(rows), dropped=dropped, notices={}, tokens=sum(len(r.ids) for r in rows), label_tokens=labels, longest=max(len(r.ids) for r in rows)
+        )  # fmt: skip
+        return made, [worth[r.where] for r in rows]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.chat.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def text(self, token: int) -> str:
+        """What a token adds to a text."""
+        return self._decode([token])
+
+    def gold(self, questions: Sequence[Question]) -> list[tuple[int, ...]]:
+        """The completion each question's own row gives, as ids, its end included. Raises DataError for a row without one."""
+        of = {example.where: example for example in self.rows.examples}
+        found: list[tuple[int, ...]] = []
+        for question in questions:
+            row = self.chat.render(of[question.where], load_row("mask", "completion"))
+            asked = self.chat.prompt(of[question.where].prompt, where=question.where)
+            first = len(asked)
+            if row.ids[:first] != asked or any(row.trained[:first]) or not any(row.trained):
+                raise DataError("its completion does not follow its prompt as the model would be asked", where=question.where)
+            last = max(i for i, trained in enumerate(row.trained) if trained)
+            found.append(row.ids[first : last + 1])
+        return found
+
+    def steps(self, sampler: Sampler, each: int = 1) -> int:
+        train = self.stage.train
+        return train.steps if train.steps is not None else sampler.steps(train.epochs or 0) * each
+
+
+def _number(example: Example, column: str) -> float:
+    """What a row's completion was worth. Raises DataError where the column is missing or no finite number."""
+    if column not in example.columns:
+        known = ", ".join(example.columns) or "no other column"
+        message = f"has no column {column!r}.{did_you_mean(column, example.columns)} Besides prompt and completion: {known}"
+        raise DataError(message, where=example.where, remedy="say which holds the reward: method: {name: oreo, reward_column: <your column>}")
+    value = example.columns[column]
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        said = "is missing (null)" if value is None else f"is {value!r}, wanted a finite number"
+        raise DataError(f"its {column!r} {said}", where=example.where, remedy="give every completion a number, failures too, or leave the row out")
+    return float(value)
 
 
 @dataclass
@@ -299,22 +393,16 @@ def build_stage(recipe: Recipe, stage: Stage, policy: Policy) -> Built:
 
 def method_of(material: StageMaterial) -> Method:
     """The stage's method: a row that builds itself, or a point of the policy-gradient algebra with the user's own axes."""
-    recipe, stage = material.recipe, material.stage
+    stage = material.stage
     row: Any = load_row("method", stage.method.name)
-    if not isinstance(row, Setting):
-        if "rollouts" in describe_row("method", stage.method.name).inputs:
-            return row(material, build_rewards(stage.rewards or (), None), stage.rollouts or Rollouts(), **stage.method.params)
+    if not isinstance(row, Setting) and "rollouts" not in describe_row("method", stage.method.name).inputs:
         return row(material, **stage.method.params)
+    rewards, rollouts = build_rewards(stage.rewards or (), None), stage.rollouts or Rollouts()
+    if not isinstance(row, Setting):
+        return row(material, rewards, rollouts, **stage.method.params)
     published = {p.name: p.default for p in describe_row("method", stage.method.name).parameters}
     yours = {k: tuple(v) if isinstance(v, list) else v for k, v in stage.method.params.items() if v != published[k]}
-    prepared, questions = material.questions()
-    sampler = material.sampler(len(questions))
-    rollouts = stage.rollouts or Rollouts()
-    steps = material.steps(sampler) * (1 if stage.train.steps is not None else rollouts.updates * rollouts.passes)
-    return build_policy_gradient(
-        override(row, **yours), questions, build_rewards(stage.rewards or (), None), rollouts, sampler=sampler, total_steps=steps,
-        seed=derive(recipe.seed, "rollouts", stage.name), prepared=prepared, end_ids=material.chat.end_ids,
-    )  # fmt: skip
+    return build_policy_gradient(override(row, **yours), material, rewards, rollouts, stage.critic)
 
 
 def spread(rows: Sequence[Rendered], n: int) -> list[Rendered]:
@@ -344,10 +432,14 @@ class Questions:
             task, asked = questions_in(str(judged.file), judged.columns, judged.rows)
             return cls(name, judged, seed, chat, task, asked, ())
         task = cast(Task, load_row("task", judged.task))
+        first = shown(task, judged.levels, judged.shots, seed)
         seed = derive(seed, "eval", name)
         asked = items(task, fold=judged.fold, levels=judged.levels, rows=judged.rows or 0, seed=seed)
         rows = judged.validation_rows
-        return cls(name, judged, seed, chat, task, asked, items(task, fold="validation", levels=judged.levels, rows=rows, seed=seed) if rows else ())
+        validation = items(task, fold="validation", levels=judged.levels, rows=rows, seed=seed) if rows else []
+        if judged.shots:
+            asked, validation = (few_shot(some, first) for some in (asked, validation))
+        return cls(name, judged, seed, chat, task, asked, validation)
 
     @property
     def size(self) -> int:
@@ -385,6 +477,11 @@ class Questions:
         drawn = any(row["strategy"] != "greedy" for row in result["strategies"])
         heat = f", temperature {result['settings']['temperature']:g}" if drawn else ""
         return f"{result['stage']}/{self.name}: {', '.join(parts)} (n = {result['n']}{heat}, {result['seconds']:.0f} s)"
+
+
+def few_shot(asked: Sequence[Item], examples: Sequence[Item]) -> list[Item]:
+    """The items with solved questions before their own, as `read_sources` puts them before training rows."""
+    return [replace(item, facts={**item.facts, "prompt": [Message("user", after_examples(examples, item.question))]}) for item in asked]
 
 
 def questions_in(file: str, columns: Mapping[str, str], rows: int | None) -> tuple[Task, list[Item]]:

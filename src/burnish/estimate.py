@@ -281,11 +281,15 @@ class _Dry:
                 own |= {"rounds": 2, "prompts": asked} | {name: -1e30 for name in ("threshold",) if name in own}
             else:
                 train = train.model_copy(update={"batch_rows": asked})
+            if "warmup" in own:  # as where nothing is given and all is drawn
+                own |= {"warmup": 0, "period": 1, "fewer": 1 << 20}
+            critic = stage.critic and stage.critic.model_copy(update={"pretrain_steps": 0})
             choice = stage.method.model_validate({"name": stage.method.name, **own})
-            return build_stage(self.recipe, stage.model_copy(update={"rollouts": block, "train": train, "method": choice, "budget": Budget()}), policy)
+            return build_stage(self.recipe, stage.model_copy(update={"rollouts": block, "critic": critic, "train": train, "method": choice, "budget": Budget()}), policy)
 
         def rate(asked: int, limit: int) -> float:
             rounds = miniature(asked, limit).method.rounds
+            rounds.sample = None  # a critic that prunes is not there before the stage starts
             begin = time.perf_counter()
             return rounds.draw(policy, 0).spend.sampled_tokens / (time.perf_counter() - begin)
 
@@ -315,8 +319,8 @@ class _Dry:
             Phase("rollouts", mini.draw_s * times, int(tokens), int(mini.draw_useful * times), int(mini.draw_executed * times),
                   **self._rate(mini.draw_executed, mini.draw_s), assumed=assumed),
         ]  # fmt: skip
-        if rollouts.screen is not None:
-            share = len(method.questions) * rollouts.screen.samples / (prompts * rollouts.group_size * rounds)
+        if not by_rounds and method.beforehand:
+            share = method.beforehand / (mini.samples * larger * rounds)
             screen = {n: int(getattr(phases[0], n) * share) for n in ("tokens", "useful_flops", "executed_flops")}
             phases.append(replace(phases[0], name="screen", seconds=phases[0].seconds * share, assumed="", **screen))
         # prompts stand in a tree once, or once a row
@@ -325,6 +329,8 @@ class _Dry:
         more = (question + members * length) / (question + members * mini.length) * (1 if by_rounds else larger)
         steps = method.total_steps
         taken, live = mini.taken, "as many completions with a gradient as the model's own before the stages had"
+        if stage.critic and stage.critic.pretrain_steps:
+            live += f"; the critic's first {stage.critic.pretrain_steps} steps counted as the others"
         phases.append(
             Phase("train", steps * taken.seconds * more, int(steps * mini.tokens * more), int(steps * taken.useful * more), int(steps * taken.flops * more),
                   **self._rate(taken.flops, taken.seconds), assumed="" if by_rounds else live)
@@ -503,10 +509,11 @@ def _steps(built: Built, policy: Policy) -> _Taken:
     memory, shape = built.memory({}), policy.shape
     work: Work = next(iter(method.batches(0)))
     before = resident_bytes()
-    with _peak() as peak:
+    with _peak() as peak, tempfile.TemporaryDirectory() as folder:
+        method.start(policy, StageFolder(Path(folder)), lambda: None)
         optimiser = Optimiser(
             policy, learning_rate=0.0, adam_beta1=train.adam_beta1, adam_beta2=train.adam_beta2, adam_epsilon=train.adam_epsilon,
-            weight_decay=train.weight_decay, clip_norm=train.clip_norm,
+            weight_decay=train.weight_decay, clip_norm=train.clip_norm, beside=method.beside(0.0),
         )  # fmt: skip
         state = State()
         rate = gflops(policy.dtype, size=512, seconds=0.05) * 1e9 * 0.4  # of a product, at first guess
@@ -530,6 +537,7 @@ def _steps(built: Built, policy: Policy) -> _Taken:
             if less < executed:
                 fixed = max(0.0, took - less * (min(times[1:]) - took) / (executed - less))
         grown = peak() - before
+    method.close()
     middle = sorted(times[1:])[len(times[1:]) // 2]
     return _taken(built, policy, optimiser, memory, part, middle, fixed, executed, _useful(part, shape), grown)
 
@@ -615,7 +623,7 @@ def _two_rounds(built: Built, policy: Policy, per_round: int) -> _TwoRounds:
         reference = max(0, resident_bytes() - before)
         optimiser = Optimiser(
             policy, learning_rate=0.0, adam_beta1=train.adam_beta1, adam_beta2=train.adam_beta2, adam_epsilon=train.adam_epsilon,
-            weight_decay=train.weight_decay, clip_norm=train.clip_norm,
+            weight_decay=train.weight_decay, clip_norm=train.clip_norm, beside=method.beside(0.0),
         )  # fmt: skip
         state = State()
         learned: list[tuple[float, int, int, int]] = []  # seconds, tokens, useful and executed FLOPs of each step
@@ -687,7 +695,9 @@ def _cut(work: Work, share: float) -> Work:
             break
         trees.append(tree)
         left -= tree.size
-    return Work(Batch(trees), rows=len(trees), where=work.where[: len(trees)], epoch=work.epoch)
+    part = Batch(trees)
+    columns = {name: x[: part.entries if len(x) == work.batch.entries else len(part.group)] for name, x in work.columns.items()}
+    return Work(part, rows=len(trees), where=work.where[: len(trees)], epoch=work.epoch, columns=columns)
 
 
 def _counted(built: Built, plan: Plan, shape: ModelShape) -> tuple[_Counted, tuple[int, int]]:

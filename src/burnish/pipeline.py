@@ -274,7 +274,7 @@ class _Work:
             )  # fmt: skip
             about["training"] = state.ledger.to_json()
             kept = {k: about[k] for k in ("steps", "skipped_steps", "stopped_by", "training")}
-            export(policy, folder.model, card=card, about={"stage": kept})
+            export(policy, folder.model, card=card, about={"stage": kept}, beside=built.method.exports())
             self.progress.say(f"exported to {folder.model} in {time.perf_counter() - begin:.1f} s")
         # what is judged is what was written, adapter merged: also when nothing was interrupted, so that a resume cannot differ
         about |= read_json(folder.model / "manifest.json")["stage"]

@@ -260,6 +260,24 @@ def test_declared_with_equation_paper_bias_and_taxonomy(row: str) -> None:
     assert {p.name: p.default for p in found.parameters} == vars(POLICY_GRADIENT[row])
 
 
+def test_without_a_value_and_with_lam_1_a_critic_is_reinforce() -> None:
+    columns = columns_of(MIXED, GROUPED)
+    blind = columns | {"value": torch.zeros_like(columns["value"])}
+    want = gradient(POLICY_GRADIENT["reinforce"], columns | {"reward_trace": torch.zeros(2, dtype=torch.float64)})
+    assert_close(gradient(POLICY_GRADIENT["a2c"], blind), want, **TIGHT)
+    assert (gradient(POLICY_GRADIENT["a2c"], columns) - want).norm() > 0.1 * want.norm()
+    ppo = override(without_kl("ppo"), lam=1.0, whiten="none", weights="sequence_sum")  # at the old policy nothing is clipped
+    assert_close(gradient(ppo, blind), want, **TIGHT)
+
+
+def test_a_penalty_that_adapts_belongs_to_the_surrogate_that_has_one() -> None:
+    assert override(POLICY_GRADIENT["ppo_kl"], surrogate="clip").penalty_target is None
+    with pytest.raises(ConfigError, match="there is no penalty_coef"):
+        override(POLICY_GRADIENT["grpo"], penalty_target=0.01)
+    with pytest.raises(ConfigError, match="wanted a positive number"):
+        override(POLICY_GRADIENT["ppo_kl"], penalty_target=-1.0)
+
+
 def test_no_two_rows_are_the_same_point() -> None:
     assert len(set(POLICY_GRADIENT.values())) == len(POLICY_GRADIENT)
 

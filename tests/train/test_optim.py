@@ -10,7 +10,7 @@ from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree
 from burnish.maths.logprobs import weighted_nll
 from burnish.models.policy import Policy
-from burnish.train.optim import Optimiser
+from burnish.train.optim import Beside, Optimiser
 from tests.folders import model_folder
 from tests.forest.tiny import tiny as tiny_model
 
@@ -118,3 +118,39 @@ def test_lent_buffers_hold_the_gradients_that_autograd_would_return(name: str, t
     for n, grad in plain.items():
         assert float(grad.norm()) > 0
         assert float((lent[n] - grad).norm() / grad.norm()) < (1e-6 if dtype == torch.float32 else 2e-2), n
+
+
+def test_what_is_beside_the_policy_has_its_own_rate_its_own_clip_and_can_step_alone(tmp_path: Path) -> None:
+    policy = tiny(tmp_path, torch.float32)
+    beside = {"w": torch.nn.Parameter(torch.zeros(1, 4)), "b": torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))}
+
+    def made(p: Policy, q: dict[str, torch.nn.Parameter]) -> Optimiser:
+        return Optimiser(p, learning_rate=1e-3, adam_epsilon=1e-30, clip_norm=1.0, beside=Beside(q, 4e-3))
+
+    optimiser = made(policy, beside)
+    before = {n: p.detach().clone() for n, p in policy.trainable().items()}
+    optimiser.zero()
+    for p in policy.trainable().values():
+        p.grad.fill_(1e-3)  # type: ignore[union-attr]
+    for p in beside.values():
+        (p * 1e6).sum().backward()
+    norm = optimiser.gradient_norm()
+    assert float(norm) == pytest.approx(1e-3 * sum(p.numel() for p in before.values()) ** 0.5)  # without the 1e6 beside it
+    version = policy.version
+    optimiser.step(5e-4, norm, policy_moves=False)  # half of the rate it was made with
+    assert policy.version == version and all(torch.equal(p, before[n]) for n, p in policy.trainable().items())
+    assert not any("exp_avg" in n and not n.split("/", 1)[1].startswith("beside/") for n in optimiser.tensors())
+    for name, p in beside.items():
+        assert torch.allclose(p.float(), torch.full_like(p.float(), -2e-3), rtol=1e-2), name  # Adam's first step is the rate
+    optimiser.step(5e-4, norm)
+    assert policy.version == version + 1
+    for n, p in policy.trainable().items():
+        assert torch.allclose(p, before[n] - 5e-4, rtol=1e-3, atol=1e-6)
+    kept = {n: t.clone() for n, t in optimiser.tensors().items()}
+    assert {n for n in kept if "beside/" in n} == {f"{k}/beside/{n}" for k in ("master", "exp_avg", "exp_avg_sq", "step") for n in beside}
+    other = {n: torch.nn.Parameter(torch.ones_like(p)) for n, p in beside.items()}
+    again = made(tiny(tmp_path, torch.float32), other)
+    again.load(kept)
+    assert all(torch.equal(t, kept[n]) for n, t in again.tensors().items()) and torch.equal(other["b"], beside["b"])
+    (beside["w"] * float("inf")).sum().backward()
+    assert not bool(torch.isfinite(optimiser.gradient_norm()))

@@ -95,6 +95,8 @@ def check(resolved: Resolved) -> Checked:
         findings.append(Finding(level, place if place != "default" else recipe.name, name, message, remedy))
 
     def rows_of(key: Key, path: str) -> int | None:
+        if Path(path).is_dir():  # of trajectories: whoever learns from it counts them
+            return None
         if Path(path).is_file():
             return _rows_of(path)
         there = beside / path if (beside / path).is_file() else None

@@ -83,6 +83,9 @@ def _stage(recipe: Recipe, key: Key, stage: Stage) -> Iterator[Problem]:
     yield from _rollouts(key, stage, draws(row))
     if "rounds" in stage.method.params:
         yield from _rounds(key, stage, stage.method.params["rounds"])
+    yield from _critic(key, stage, row)
+    if "max_kl" in {p.name for p in row.parameters}:  # it takes steps of its own
+        yield from _own_step((*key, "train"), stage)
     if takes and stage.rewards is None:
         yield (*key, "method"), f"{stage.method.name!r} learns from rewards, and there are none", "add rewards: [number]"
     if stage.rewards is not None:
@@ -142,6 +145,45 @@ def _rounds(key: Key, stage: Stage, rounds: int) -> Iterator[Problem]:
         if getattr(block, name) != Rollouts.model_fields[name].default:
             message = f"{name} are of policy gradients; a round here is learned from in {train.steps} / {rounds} steps of batch_rows rows"
             yield (*key, "rollouts", name), message, f"remove {name}"
+
+
+def _critic(key: Key, stage: Stage, row: RowDescription) -> Iterator[Problem]:
+    """A critic for a method without values, and numbers of it that cannot be meant."""
+    block, at = stage.critic, (*key, "critic")
+    if block is None:
+        return
+    if not takes_values(stage.method.params.get("advantage"), row):
+        yield at, f"{stage.method.name!r} takes no values: a critic would do nothing", "remove critic, or type method: ppo"
+        return
+    if stage.train.steps is not None and block.pretrain_steps >= stage.train.steps:
+        message = f"{block.pretrain_steps} of {stage.train.steps} steps for the critic alone: the policy would never move"
+        yield (*at, "pretrain_steps"), message, f"type less than {stage.train.steps}"
+    if block.prune is not None and stage.rollouts is not None and stage.rollouts.stop:
+        message = "rollouts that are drawn in chunks see no stop string that lies across two"
+        yield (*at, "prune"), message, "remove rollouts.stop, or prune"
+    most = (stage.rollouts or Rollouts()).max_new_tokens
+    if block.prune is not None and block.prune.chunk_tokens >= most:
+        message = f"completions end at {most} tokens, before the first look at {block.prune.chunk_tokens}: none would be cut"
+        yield (*at, "prune", "chunk_tokens"), message, f"type less than {most}"
+
+
+def takes_values(advantage: str | None, row: RowDescription) -> bool:
+    """Whether a method, with the user's own advantage where given, wants a critic's value of every state."""
+    published = {p.name: p.default for p in row.parameters}
+    chosen = advantage or published.get("advantage")
+    return chosen is not None and "value" in describe_row("advantage", chosen).inputs
+
+
+def _own_step(key: Key, stage: Stage) -> Iterator[Problem]:
+    """What an optimiser would read, and a step by a trust region does not."""
+    fields = type(stage.train).model_fields
+    for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "clip_norm"):
+        if getattr(stage.train, name) != fields[name].default:
+            message = f"{stage.method.name!r} makes its own step, whose length max_kl limits: {name} would do nothing"
+            yield (*key, name), message, f"remove {name}"
+    if stage.train.learning_rate > 1:
+        message = f"{stage.method.name!r} tries this part of its full step first, and {stage.train.learning_rate:g} is more than all of it"
+        yield (*key, "learning_rate"), message, "type learning_rate: 1"
 
 
 def rewards_against(block: Rewards, key: Key = ()) -> Iterator[Problem]:
@@ -211,13 +253,13 @@ def _source(key: Key, source: Source) -> Iterator[Problem]:
     yield from _one_origin(
         key,
         source,
-        only_task=("levels", "rows", "fold", "target"),
+        only_task=("levels", "rows", "fold", "target", "shots"),
         only_file=("format", "columns", "on_bad_row", "limit"),
     )
 
 
 def _eval(key: Key, judged: Eval) -> Iterator[Problem]:
-    yield from _one_origin(key, judged, only_task=("levels", "fold"), only_file=("columns",))
+    yield from _one_origin(key, judged, only_task=("levels", "fold", "shots"), only_file=("columns",))
     task = describe_row("task", judged.task) if judged.task else None
     specs = [parse(text) for text in judged.strategies]
     drawing = [str(spec) for spec in specs if spec.name != "greedy"]

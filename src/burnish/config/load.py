@@ -48,6 +48,16 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Resol
     return resolve(_document(source), overrides, find(source)[0])
 
 
+def written(source: str | os.PathLike[str]) -> Document:
+    """A recipe as it is written, on its base where it has one; neither overridden nor validated. Raises RecipeError."""
+    return _on_its_base(_document(source))
+
+
+def _on_its_base(document: Document) -> Document:
+    data = document.data
+    return on_base(document, _document) if isinstance(data, dict) and "base" in data else document
+
+
 def _document(source: str | os.PathLike[str]) -> Document:
     path, name = find(source)
     return read(_text(path, name), name)
@@ -81,8 +91,7 @@ def resolve(document: Document, overrides: Sequence[str] = (), path: Path | None
         message = f"is {kind}, wanted a mapping of keys: burnish, name, model, stages, evals"
         start = Fault(document.name, message, "start from one: burnish cp first_steps/quickstart my.yaml")
         raise RecipeError(document.faults or [start])
-    if "base" in data:
-        document = on_base(document, _document)
+    document = _on_its_base(document)
     expand(document)
     override(document, overrides)
     expand(document)

@@ -63,6 +63,9 @@ class Source(Section):
     rows: Positive | None = Field(default=None, description="how many rows the task makes, 1 or more", examples=[4096])
     fold: Literal["train", "validation", "test"] = Field(default="train", description="train, validation or test")
     target: Literal["rationale", "answer"] = Field(default="rationale", description="rationale or answer")
+    shots: int = Field(
+        default=0, ge=0, description="solved questions shown before each question, as plain text; 0 for none", examples=[8]
+    )
     file: str | None = Field(default=None, min_length=1, description="the path of a data file", examples=["rows.jsonl"])
     format: RowShape = Field(default="auto", description=f"one of {', '.join(get_args(RowShape))}", examples=["auto"])
     columns: dict[str, str] = Field(
@@ -245,6 +248,40 @@ class Rollouts(Section):
     screen: Screen | None = Field(default=None, description="a mapping with samples, low, high, or null: every prompt", examples=["{samples: 8}"])
 
 
+class Prune(Section):
+    """Rollouts that are cut where the critic has lost hope of them: V(s) < below * the best V so far, at the end of a step."""
+
+    below: float = Field(default=0.5, gt=0, le=1, description="a share of the best value so far, above 0, up to 1", examples=[0.5])
+    step_end: str = Field(default="\n", min_length=1, description="the text that ends a step", examples=['"\\n"'])
+    chunk_tokens: int = Field(default=32, ge=1, description="tokens drawn between two looks, 1 or more", examples=[32])
+
+
+class Critic(Section):
+    """The critic of a method that takes values, such as ppo: what it is and how it learns.
+
+    trunk           shared: a linear output on the policy's own final hidden rows; separate: on those of a body of its own,
+                    a copy of the model as the stage begins
+    trains_body     whether the value's gradient goes on into that body. null: into a separate one, not into the policy's
+    learning_rate   null: 10 times train.learning_rate, on the same schedule
+    value_coef      weight of the value's loss beside the policy's; with Adam it matters where both train one body
+    value_clip      no gain from moving a value further than this from the round's own; null for none
+    pretrain_steps  so many of the stage's first steps train the critic alone: the policy's weights do not change
+    truncated       of a completion that was cut. scored: what it was worth is its reward as it stands, and no value
+                    follows; bootstrapped: its reward is taken as unknown, and the value of its last state stands for it
+    """
+
+    trunk: Literal["shared", "separate"] = Field(default="shared", description="shared or separate", examples=["shared"])
+    trains_body: bool | None = Field(default=None, description="true, false, or null: a separate body yes, the policy's no", examples=["null"])
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="a number above 0, or null for 10 times train.learning_rate", examples=["1e-3"]
+    )
+    value_coef: float = Field(default=0.1, gt=0, description="a number above 0", examples=[0.1])
+    value_clip: float | None = Field(default=0.2, gt=0, description="a number above 0, or null for off", examples=[0.2])
+    pretrain_steps: int = Field(default=0, ge=0, description="a number of steps, 0 or more", examples=[10])
+    truncated: Literal["scored", "bootstrapped"] = Field(default="scored", description="scored or bootstrapped", examples=["scored"])
+    prune: Prune | None = Field(default=None, description="a mapping with below, step_end, chunk_tokens, or null", examples=["{below: 0.5}"])
+
+
 class Stage(Section):
     """One step of the pipeline; it starts from the model the stage before it left."""
 
@@ -257,6 +294,9 @@ class Stage(Section):
     )
     rollouts: Rollouts | None = Field(
         default=None, description="a mapping with group_size, max_new_tokens ..., or null", examples=["{group_size: 8}"]
+    )
+    critic: Critic | None = Field(
+        default=None, description="a mapping with trunk, learning_rate ..., or null", examples=["{trunk: separate}"]
     )
     adapter: Choice | None = Field(
         default=None, description="an adapter, {name: lora, ...}, or null", examples=["lora"]
@@ -279,6 +319,9 @@ class Eval(Section):
     )
     fold: Literal["test", "validation"] = Field(
         default="test", description="test or validation: an eval is never judged on training rows"
+    )
+    shots: int = Field(
+        default=0, ge=0, description="solved questions shown before each question, as plain text; 0 for none", examples=[8]
     )
     file: str | None = Field(
         default=None, min_length=1, description="the path of a .jsonl file", examples=["test.jsonl"]
@@ -352,6 +395,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "stages.<name>.rollouts": Rollouts,
     "stages.<name>.rollouts.curriculum": Curriculum,
     "stages.<name>.rollouts.screen": Screen,
+    "stages.<name>.critic": Critic,
+    "stages.<name>.critic.prune": Prune,
     "evals.<name>": Eval,
     "budget": Budget,
     "report": Report,
@@ -388,4 +433,7 @@ ELSEWHERE = {  # what other trainers call our keys
     "reward_funcs": "rewards",
     "reward_weights": "weight",
     "reward_fn": "rewards",
+    "vf_coef": "value_coef",
+    "cliprange_value": "value_clip",
+    "critic_warmup": "pretrain_steps",
 }

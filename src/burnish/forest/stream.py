@@ -191,12 +191,14 @@ class LossView:
     label  [N]  the token predicted
     index  [M]  the head row of an entry; rows are numbered by first appearance
     unit   [M]  the unit of an entry, numbered within this view, non-decreasing
+    last   [U]  stream row of the last token of each unit's sequence: its state sees all of it
     """
 
     source: Tensor
     label: Tensor
     index: Tensor
     unit: Tensor
+    last: Tensor
 
     @staticmethod
     def of(trees: Sequence[Tree]) -> LossView:
@@ -204,12 +206,14 @@ class LossView:
         nothing = np.zeros(0, np.int64)
         tokens = _flat(trees) if trees else nothing
         sources, targets, units = [nothing], [nothing], [nothing]
+        last: list[int] = []
         base = seen = 0
         for tree in trees:
             starts = list(accumulate(map(len, tree.tokens), initial=base))
             for unit in tree.units:
                 offsets = np.asarray(unit.labels, np.int64)
                 rows = _path_rows(tree, starts, unit.leaf)
+                last.append(int(rows[-1]))
                 sources.append(rows[offsets - 1])
                 targets.append(rows[offsets])
                 units.append(np.full(len(offsets), seen, np.int64))
@@ -222,12 +226,12 @@ class LossView:
         number = np.empty_like(order)
         number[order] = np.arange(len(order))
         kept = first[order]
-        columns = (source[kept], label[kept], number[inverse], np.concatenate(units))
+        columns = (source[kept], label[kept], number[inverse], np.concatenate(units), np.asarray(last, np.int64))
         return LossView(*map(torch.as_tensor, columns))
 
     def to(self, device: torch.device | str) -> LossView:
         """The same view on `device`."""
-        return LossView(*(x.to(device) for x in (self.source, self.label, self.index, self.unit)))
+        return LossView(*(x.to(device) for x in (self.source, self.label, self.index, self.unit, self.last)))
 
 
 def _flat(trees: Sequence[Tree]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

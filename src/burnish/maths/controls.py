@@ -63,7 +63,7 @@ class Coefficients:
         return replace(self, **new)
 
     def after_round(self, setting: Setting, moved: float) -> Coefficients:
-        """Moved by how far a round's steps took the policy: KL(old || policy) over the tokens of its last pass."""
+        """Moved by how far a round's steps took the policy: KL(old || policy) over its tokens, after the last of them."""
         if setting.penalty_target is None:
             return self
         return replace(self, penalty=doubling_coef(self.penalty, moved, target=setting.penalty_target))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from burnish.maths.head import Objective
+from burnish.maths.units import numbered, totals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,3 +37,20 @@ def nll(logprobs: Float[Tensor, "m"], weight: Float[Tensor, "m"]) -> Float[Tenso
 def weighted_nll(weight: Float[Tensor, "m"]) -> Objective:
     """`nll` as an objective of the head: `weight` holds every entry of the micro-batch (`maths.weights`)."""
     return lambda logprobs, entries: nll(logprobs, weight[entries])
+
+
+def sequence_objective(
+    loss: Callable[[Float[Tensor, "s"], Int[Tensor, "s"]], Float[Tensor, ""]], unit: Int[Tensor, "m"]
+) -> Objective:
+    """A loss of whole completions as an objective of the head: loss(seq_logprob of these units, their ids) -> scalar sum.
+
+    `unit` holds every entry of the micro-batch; whoever calls the head couples what the loss must see together.
+    """
+
+    def objective(logprobs: Tensor, entries: slice) -> Tensor:
+        here = unit[entries]
+        index, count = numbered(here)
+        ids = torch.empty(count, dtype=here.dtype, device=here.device).index_put((index,), here)
+        return loss(totals(logprobs, index, count), ids)
+
+    return objective

@@ -162,6 +162,8 @@ def override(setting: Setting, **axes: Any) -> Setting:
     for name in PARAMETERS:
         if name not in axes and getattr(setting, name) is not None and name not in taken:
             kept[name] = None
+    if axes.get("surrogate", setting.surrogate) != "kl_penalty":  # the only one with a penalty to adapt
+        kept.setdefault("penalty_target", None)
     new = replace(setting, **kept)
     if not new.kl_coef and {"kl", "kl_placement"} & {name for name in axes if axes[name] != getattr(setting, name)}:
         raise ConfigError("there is no KL: kl_coef is 0", where="kl", remedy="give kl_coef, or leave kl out")

@@ -77,6 +77,7 @@ PPO_KL = Setting(
     whiten="tokens",
     surrogate="kl_penalty",
     penalty_coef=1.0,
+    penalty_target=0.01,
     kl="k1",
     kl_coef=0.05,
     kl_placement="reward",
@@ -84,7 +85,7 @@ PPO_KL = Setting(
 )
 """PPO with a KL penalty to the old policy in place of the clip; with `penalty_target` its coefficient adapts.
 
-    loss = - rho A + beta KL(old || policy)      (eq. 8, arXiv:1707.06347)
+    loss = - rho A + beta KL(old || policy)      (eq. 8 and section 4, arXiv:1707.06347; target 0.01 a token)
 """
 
 GRPO = Setting(

@@ -23,8 +23,8 @@ from burnish.methods.rounds import Round, Sample
 
 
 def pass_rate(group: Sequence[Sample], above: float) -> float | None:
-    """The share of the samples with a known reward whose reward is above; None where none is known."""
-    known = [s.total > above for s in group if s.total is not None]
+    """The share of the drawn samples with a known reward whose reward is above; None where none is known."""
+    known = [s.total > above for s in group if s.total is not None and s.finish != "given"]
     return sum(known) / len(known) if known else None
 
 
@@ -55,8 +55,14 @@ class Prompts:
         """Whether the pass rates of all prompts are to be measured before a batch is asked for."""
         return self.screen is not None and self.kept is None
 
+    @property
+    def batch_rows(self) -> int:
+        return self.sampler.batch_rows
+
     def batch(self, number: int) -> list[int]:
         """The prompts of a round, all different."""
+        if self.kept is None and self.curriculum is None:
+            return list(self.sampler.batch(number))
         among = range(self.sampler.rows) if self.kept is None else self.kept
         if self.curriculum is None:
             return [among[i] for i in Sampler(len(among), self.sampler.batch_rows, self.sampler.seed).batch(number)]

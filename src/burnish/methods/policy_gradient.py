@@ -10,20 +10,20 @@ in the normaliser. What was drawn is written to `trajectories/` and read back by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from burnish.core.errors import ConfigError, DataError, StorageError
+from burnish.config.schema import Critic
+from burnish.core.errors import ConfigError
 from burnish.core.metrics import emit
-from burnish.core.records import Sampling, Spend
+from burnish.core.records import Spend
 from burnish.core.runs import StageFolder
 from burnish.core.seeds import derive
-from burnish.data.chat import Prepared
-from burnish.data.sampler import Sampler
 from burnish.forest.pack import Batch, Micro
 from burnish.forest.stream import Tree
 from burnish.maths.advantages import next_trace
@@ -31,11 +31,14 @@ from burnish.maths.controls import Coefficients
 from burnish.maths.divergences import k3
 from burnish.maths.head import Objective, WithEntropy
 from burnish.maths.policy_gradient import Setting, couples_sequences, needs, objective_of, override, prepare
-from burnish.methods.curriculum import Prompts
-from burnish.methods.rounds import Question, Round, Rounds, Sample, group_of, retire, tree_of, write_credit
-from burnish.models.reference import Reference
+from burnish.methods.critic import Valued
+from burnish.methods.online import Online, drawing
+from burnish.methods.rounds import Round, Rounds, Sample, group_of, tree_of, write_credit
+from burnish.models.policy import Policy
+from burnish.models.scoring import score
 from burnish.rewards.scoring import Rewards
-from burnish.train.method import Hooks, Work
+from burnish.train.method import Material, Pass, Work
+from burnish.train.optim import Beside
 
 # what a round can make; the rest of what the algebra may want has to come from a reward or a critic
 MADE = frozenset(
@@ -44,106 +47,90 @@ MADE = frozenset(
 )
 
 
-class PolicyGradient(Hooks):
-    """See module. One optimiser step is one part of a round; `batches(step)` is a pure function of the step."""
+class PolicyGradient(Online):
+    """See module. One optimiser step is one part of a round; `batches(step)` is a pure function of the step.
 
-    validation = ()
+    keeps_all  whether completions without an advantage are computed too
+    """
+
+    keeps_all = False
 
     def __init__(
-        self, setting: Setting, questions: Sequence[Question], rewards: Rewards, sampling: Sampling, *, group_size: int, updates: int,
-        passes: int, sampler: Sampler, total_steps: int, seed: int, prepared: Prepared, end_ids: Sequence[int], prompts: Prompts,
-        refill: int = 0, cushion: int | None = None, old_logprobs: Literal["auto", "sampler", "trainer"] = "auto",
+        self, setting: Setting, rounds: Rounds, *, old_logprobs: Literal["auto", "sampler", "trainer"] = "auto", critic: Critic | None = None,
+        **online: Any,
     ) -> None:  # fmt: skip
-        self.setting, self.questions, self.rewards, self.sampling = setting, questions, rewards, sampling
-        self.group_size, self.updates, self.passes = group_size, updates, passes
-        self.sampler, self.total_steps, self.seed, self.prepared = sampler, total_steps, seed, prepared
+        super().__init__(rounds, **online)
+        self.setting = setting
         self.needs = needs(setting)
-        if missing := sorted(self.needs - MADE):
+        self.valued = Valued(critic, setting, total_steps=self.total_steps) if "value" in self.needs and critic is not None else None
+        if missing := sorted(self.needs - MADE - ({"value"} if self.valued else set[str]())):
             raise ConfigError(
                 f"this setting needs {', '.join(missing)}, which rollouts do not make", where="method", remedy="choose another advantage or filter"
             )
-        if group_size == 1 and "group" in self.needs:
+        if rounds.group_size == 1 and "group" in self.needs:
             raise ConfigError(
                 "its baseline is the group's other samples, and a group of 1 has none", where="rollouts.group_size", remedy="type 2 or more, or choose method: reinforce"
             )
         self._refuse(old_logprobs)
         self.old_logprobs = old_logprobs
+        self.needs_reference = "ref_logprobs" in self.needs
+        rounds.greedy, rounds.entropic = "greedy_reward" in self.needs, "entropy" in self.needs
         self.trace: list[float] | None = None
         self.coefficients = Coefficients.of(setting)
-        self.dead_rounds = 0
-        self.prompts = prompts
-        self.rounds = Rounds(
-            questions, rewards, sampling, prompts, group_size=group_size, seed=seed, end_ids=end_ids, greedy="greedy_reward" in self.needs,
-            refill=refill, cushion=cushion, entropic="entropy" in self.needs,
-        )  # fmt: skip
-        self._drawn: tuple[int, str] | None = None  # the round in hand and the version of the weights that drew it
-        self._moved = (0.0, 0)  # KL(old || policy) summed over tokens of a round's last pass, and their number
+        if self.valued and self.valued.pruning:
+            rounds.sample = self.valued.pruning
         self._measured: Tensor | None = None
         self._now = setting  # with the coefficients of this step
-        self._round: Round | None = None
-        self._reference: Reference | None = None
-        self._folder: StageFolder | None = None
 
     def _refuse(self, old_logprobs: str) -> None:
         """Combinations of the setting with rewards and rollouts that cannot be meant."""
         if old_logprobs == "sampler" and self.setting.correction != "none":
             why = f"correction: {self.setting.correction} compares the trainer's log-probs with the sampler's, and these would be the same"
             raise ConfigError(why, where="rollouts.old_logprobs", remedy="type trainer, or leave it out")
-        if "step_reward" in self.needs and not self.rewards.process:
+        if "step_reward" in self.needs and not self.rounds.rewards.process:
             why = "this advantage needs a reward of each step, and no reward here scores steps"
             raise ConfigError(why, where="rewards", remedy="use task_steps, or a function of yours that takes `steps`")
-        if "step_reward" in self.needs and self.rewards.block.combine.name != "sum":
-            why = f"rewards of steps are summed; combine: {self.rewards.block.combine.name} is of whole completions"
+        if "step_reward" in self.needs and self.rounds.rewards.block.combine.name != "sum":
+            why = f"rewards of steps are summed; combine: {self.rounds.rewards.block.combine.name} is of whole completions"
             raise ConfigError(why, where="rewards.combine", remedy="type combine: sum")
-        if self.setting.penalty_target is not None and self.updates * self.passes == 1:
-            why = "one step a round never leaves the old policy, so there is nothing to hold to a target"
-            raise ConfigError(why, where="penalty_target", remedy="type rollouts: {updates: 2} or more, or passes: 2")
 
     # ---- the loop's hooks
 
     def start(self, policy: Any, folder: StageFolder, poll: Callable[[], None]) -> None:
-        """Before a checkpoint is loaded: the reference is the policy the stage began with."""
-        self._folder, self.rounds.poll = folder, poll
+        super().start(policy, folder, poll)
         several = self.updates * self.passes > 1
         auto = self.setting.correction != "none" or (several and policy.dtype != torch.float32)
         self.rounds.rescored = auto if self.old_logprobs == "auto" else self.old_logprobs == "trainer"
-        if "ref_logprobs" in self.needs:
-            self._reference = Reference(policy)
+        if self.valued:
+            self.valued.start(policy)
 
-    def close(self) -> None:
-        self.rewards.close()
-        self.rounds.engine = self._reference = None
+    def beside(self, learning_rate: float) -> Beside | None:
+        return self.valued.beside(learning_rate) if self.valued else None
+
+    def exports(self) -> Mapping[str, Callable[[Path], None]]:
+        return self.valued.exports() if self.valued else {}
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the step."""
-        return {"trace": self.trace, "coefficients": self.coefficients.to_json(), "dead_rounds": self.dead_rounds, "drawn": self._drawn,
-                "moved": self._moved, "prompts": self.prompts.state()}  # fmt: skip
+        return super().state() | {"trace": self.trace, "coefficients": self.coefficients.to_json()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.trace, self.dead_rounds = state["trace"], state["dead_rounds"]
-        self.coefficients = Coefficients.from_json(state["coefficients"])
-        self._drawn = None if state["drawn"] is None else (state["drawn"][0], state["drawn"][1])
-        self._moved = (state["moved"][0], state["moved"][1])
-        self.prompts.load(state["prompts"])
-
-    def batches(self, step: int) -> Iterator[Work]:
-        rows = self.sampler.batch_rows // self.updates
-        per_round = self.updates * self.passes
-        while step < self.total_steps:
-            yield Work(None, rows=rows, epoch=(step // per_round + 1) * self.sampler.batch_rows / len(self.questions), step=step)
-            step += 1
+        super().load(state)
+        self.trace, self.coefficients = state["trace"], Coefficients.from_json(state["coefficients"])
 
     def prepare(self, policy: Any, work: Work) -> None:
-        """The round this step belongs to, drawn or read back, and the columns of its part."""
+        """The columns of this step's part of its round."""
         number, inside = divmod(work.step, self.updates * self.passes)
-        if not inside:
-            self._end_round(work)
-        before = self.rewards.seconds
-        if self._round is None or self._round.number != number:
-            self._round = self._read(number) if inside else self._draw(policy, number, work)
-        work.seconds["reward"] = self.rewards.seconds - before
-        part = range(inside % self.updates, len(self._round.questions), self.updates)
-        self._columns(policy, work, self._round, part, fresh=inside < self.updates)
+        pretrain = self.valued.block.pretrain_steps if self.valued else 0
+        work.policy_moves = work.step >= pretrain
+        if not inside and work.step > pretrain:  # the round before moved the policy, in its last step at least
+            self._end_round(policy, work, number - 1)
+        self._columns(policy, work, *self.round(policy, work), fresh=inside < self.updates)
+
+    def forwards(self, policy: Policy, work: Work, micro: Micro) -> Sequence[Pass]:
+        if self.valued is None:
+            return super().forwards(policy, work, micro)
+        return self.valued.forwards(policy, work, micro, self.objective(work, micro) if work.policy_moves else None)
 
     def objective(self, work: Work, micro: Micro) -> tuple[Objective, Tensor | None]:
         columns = {name: column[micro.items] for name, column in work.columns.items()}
@@ -169,8 +156,10 @@ class PolicyGradient(Hooks):
 
     def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None:
         """How far the trainer's log-probs are from the sampler's, for the log: rounding at the first step of a round."""
-        now = logprobs.float().cpu()
-        gap = (now - work.columns["sampler_logprobs"][micro.items]).abs()
+        drawn = ~work.columns["given"][micro.items]
+        if not bool(drawn.any()):
+            return
+        gap = (logprobs.float().cpu() - work.columns["sampler_logprobs"][micro.items])[drawn].abs()
         work.facts["sampler_gap_max"] = max(work.facts.get("sampler_gap_max", 0.0), float(gap.max()))
         total, count = work.facts.pop("_gap", (0.0, 0))
         work.facts["_gap"] = total + float(gap.sum()), count + len(gap)
@@ -179,56 +168,38 @@ class PolicyGradient(Hooks):
             total, count = work.facts.pop("_entropy", (0.0, 0))
             work.facts["_entropy"] = total + float(self._measured.sum()), count + len(gap)
             work.facts |= emit(entropy=work.facts["_entropy"][0] / work.facts["_entropy"][1])
-        last = work.step // self.updates % self.passes == self.passes - 1
-        if self.setting.penalty_target is not None and last:
-            moved = k3(work.columns["old_logprobs"][micro.items], now)  # tokens of the old policy: KL(old || policy)
-            self._moved = self._moved[0] + float(moved.sum()), self._moved[1] + len(now)
 
     # ---- a round
 
-    def _end_round(self, work: Work) -> None:
-        """What the round before says of coefficients."""
-        if self._moved[1]:
-            moved = self._moved[0] / self._moved[1]
-            self.coefficients = self.coefficients.after_round(self.setting, moved)
-            work.facts |= emit(policy_moved=moved)
-        self._moved = (0.0, 0)
+    def _end_round(self, policy: Any, work: Work, number: int) -> None:
+        """Move the penalty by how far the policy went in round `number`: measured once it is learned from, on its own tokens.
 
-    def _draw(self, policy: Any, number: int, work: Work) -> Round:
-        """A new round, counted, logged and kept on disk."""
-        if self.prompts.unscreened:
-            self._screen(policy, work)
-        found = self.rounds.draw(policy, number)
-        work.facts |= emit(**self.prompts.saw(found))
-        self._drawn = number, found.version
-        self.dead_rounds = self.dead_rounds + 1 if found.dead else 0
+        Log-probs seen on the way stand before the update they led to, and with one step a round would always say 0.
+        """
+        if self.setting.penalty_target is None:
+            return
+        learned = self._round if self._round is not None and self._round.number == number else self._read(number)
+        trees = [tree_of(self.questions[q].ids, group, range(len(group))) for q, group in zip(learned.questions, learned.groups)]
+        found = score(policy, Batch(trees))
+        old = torch.tensor([p for group in learned.groups for s in group for p in s.old_logprobs or s.logprobs])
+        moved = float(k3(old, found.logprobs).mean())  # tokens are the old policy's: of KL(old || policy) without bias
+        self.coefficients = self.coefficients.after_round(self.setting, moved)
         work.spend += found.spend
-        work.facts |= found.facts | emit(dead_rounds=self.dead_rounds)
-        work.notices += self.rounds.news(found)
-        if self._folder is not None:
-            found.write(self._folder.trajectories(number))
-            retire(self._folder, number)
-        return found
+        work.facts |= emit(policy_moved=moved)
 
-    def _screen(self, policy: Any, work: Work) -> None:
-        """Measure the pass rate of every prompt, once, and leave out those that are not within."""
-        assert self.prompts.screen is not None
-        measured = self.rounds.draw(policy, -1, chosen=range(len(self.questions)), group_size=self.prompts.screen.samples)
-        work.spend += measured.spend
-        work.notices += self.rounds.news(measured)
-        work.facts |= emit(screened_prompts=self.prompts.screened(measured))
+    def draw(self, policy: Any, number: int) -> Round:
+        drawn = super().draw(policy, number)
+        if self.valued:
+            self.valued.of_round(policy, drawn, self.questions)
+        return drawn
 
-    def _read(self, number: int) -> Round:
-        """The round in which a run was interrupted. What other weights drew is refused, never learned from."""
-        path = None if self._folder is None else self._folder.trajectories(number)
-        if path is None or not path.exists():
-            raise StorageError("the round being learned from is gone", where=str(path), remedy="start the stage again, in a new run")
-        found = Round.read(path)
-        if self._drawn != (found.number, found.version):
-            wanted = "no round" if self._drawn is None else f"round {self._drawn[0]}, drawn with weights {self._drawn[1]}"
-            message = f"holds round {found.number}, drawn with weights {found.version}; the checkpoint is inside {wanted}"
-            raise DataError(message, where=str(path), remedy="put back the folder's own file, or start the stage again")
-        return found
+    def shared(self, drawn: Round, q: int) -> int:
+        """How many tokens the completions of a question begin with that are the same for all."""
+        return 0
+
+    def credit(self, work: Work, drawn: Round, columns: Mapping[str, Tensor], made: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the loss captures of this part's columns, where a method has more to say than its setting."""
+        return made
 
     def _columns(self, policy: Any, work: Work, drawn: Round, part: range, *, fresh: bool) -> None:
         """The batch of these questions, its captured columns, and what can be left out of it. `fresh`: seen for the first
@@ -243,7 +214,8 @@ class PolicyGradient(Hooks):
             "reward": torch.tensor([0.0 if s.worth is None else s.worth for s in samples]),
             "known": torch.tensor([s.total is not None for s in samples]),
             "finished": torch.tensor([s.finish != "length" for s in samples]),
-            "sampler_logprobs": torch.tensor([p for s in samples for p in s.logprobs]),
+            "sampler_logprobs": torch.tensor([p for s in samples for p in (*_nothing(s), *s.logprobs)]),
+            "given": torch.tensor([i < len(_nothing(s)) for s in samples for i in range(len(s.tokens))]),
         }
         single = self.updates * self.passes == 1
         captured = columns["sampler_logprobs"]
@@ -253,37 +225,42 @@ class PolicyGradient(Hooks):
             columns["entropy"] = torch.tensor([h for s in samples for h in s.entropies])
         if "step_reward" in self.needs:
             columns |= _step_columns(samples)
-        trees = [tree_of(self.questions[drawn.questions[q]].ids, group, range(len(group))) for q, group in zip(part, groups)]
+        trees = [tree_of(self.questions[drawn.questions[q]].ids, group, range(len(group)), self.shared(drawn, q)) for q, group in zip(part, groups)]
         whole = Batch(trees)
-        if "ref_logprobs" in self.needs and self._reference is not None:
-            columns["ref_logprobs"], flops = self._reference.logprobs(policy, whole)
+        if "ref_logprobs" in self.needs and self.reference is not None:
+            columns["ref_logprobs"], flops = self.reference.logprobs(policy, whole)
             work.spend += Spend(scored_tokens=whole.entries, useful_flops=flops, executed_flops=flops)
         if {"rewards", "component_weight"} & self.needs:
             names = list(samples[0].rewards)
             columns["rewards"] = torch.tensor([[s.rewards[n] or 0.0 for n in names] for s in samples])
             columns["rewards_known"] = torch.tensor([[s.rewards[n] is not None for n in names] for s in samples])
-            columns["component_weight"] = torch.tensor([float(self.rewards.weights[n]) for n in names])
+            columns["component_weight"] = torch.tensor([float(self.rounds.rewards.weights[n]) for n in names])
         if "greedy_reward" in self.needs:
             answered = torch.tensor([math.nan if drawn.greedy[q] is None else drawn.greedy[q] for q in part])[columns["group"]]
             columns["known"] &= ~answered.isnan()  # without a greedy reward there is no baseline
             columns["greedy_reward"] = answered.nan_to_num()
         if "noise" in self.needs:
-            generator = torch.Generator().manual_seed(derive(self.seed, "noise", work.step))
+            generator = torch.Generator().manual_seed(derive(self.rounds.seed, "noise", work.step))
             columns["noise"] = torch.rand(len(unit), generator=generator)
         if "reward_trace" in self.needs:
             columns["reward_trace"] = torch.tensor(self.trace if self.trace is not None else [0.0, 0.0])
+        if self.valued:
+            columns |= self.valued.columns(samples, columns)
         self._now = self.coefficients.applied(self.setting)
         bonus = self._measure(work, columns, captured, fresh=fresh)
-        made = prepare(self._now, columns | {"old_logprobs": captured})
+        made = self.credit(work, drawn, columns, prepare(self._now, columns | {"old_logprobs": captured}))
+        if self.valued:
+            made |= self.valued.targets(self._now, work, columns | {"old_logprobs": captured})
         if bonus:
             made["entropy_weight"] = -bonus * made["weight"]
         if "reward_trace" in self.needs:
             self.trace = next_trace(columns["reward_trace"], columns["reward"], columns["known"]).tolist()
-        by_all = bool(bonus) or (self.setting.kl_coef != 0 and self.setting.kl_placement == "loss")
-        pull = made["weight"] * (1.0 if by_all else made["policy_weight"] * made["advantage"])
+        by_all = bool(bonus) or self.keeps_all or (self.setting.kl_coef != 0 and self.setting.kl_placement == "loss")
+        pull = made["weight"] * (1.0 if by_all else made["policy_weight"] * made["advantage"]) + made.get("likelihood_weight", 0)
+        if self.valued:
+            pull = made["value_weight"] if not work.policy_moves else pull.abs() + made["value_weight"]
         live = torch.zeros(len(samples), dtype=torch.bool).index_put_((unit[pull != 0],), torch.tensor(True))
         work.facts |= emit(live_samples=float(live.float().mean()), advantage_std=float(made["advantage"].std()) if len(unit) > 1 else 0.0)
-        work.where = tuple(self.questions[drawn.questions[q]].where for q in part)
         if self._folder is not None and work.step % (self.updates * self.passes) < self.updates:
             worth = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, unit, made["advantage"].double()) / length.clamp(min=1)
             asked = {q: self.questions[drawn.questions[q]] for q in part}
@@ -295,7 +272,7 @@ class PolicyGradient(Hooks):
         for q, group in zip(part, groups):
             members = [i for i in range(len(group)) if live[at + i]]
             if members:
-                kept_trees.append(tree_of(self.questions[drawn.questions[q]].ids, group, members))
+                kept_trees.append(tree_of(self.questions[drawn.questions[q]].ids, group, members, self.shared(drawn, q)))
             at += len(group)
         keep = live[unit]
         work.made = Batch(kept_trees)
@@ -337,23 +314,18 @@ def _step_columns(samples: Sequence[Sample]) -> dict[str, Tensor]:
     }
 
 
-def build(
-    setting: Setting, questions: Sequence[Question], rewards: Rewards, rollouts: Any, *, sampler: Sampler, total_steps: int, seed: int,
-    prepared: Prepared, end_ids: Sequence[int],
-) -> PolicyGradient:  # fmt: skip
-    """A method from a point of the algebra and a stage's `rollouts` block (config.schema.Rollouts).
+def _nothing(sample: Sample) -> tuple[float, ...]:
+    """In place of the log-probs of tokens that were given and not drawn."""
+    return (0.0,) * (len(sample.tokens) - len(sample.logprobs))
 
-    `fixed_length` weights without a length take `max_new_tokens`. Raises ConfigError for a setting that needs what
-    rollouts do not make.
+
+def build(setting: Setting, material: Material, rewards: Rewards, rollouts: Any, critic: Critic | None = None) -> PolicyGradient:
+    """A method from a point of the algebra and a stage's `rollouts` and `critic` blocks (config.schema.Rollouts, Critic).
+
+    `fixed_length` weights without a length take `max_new_tokens`; a setting that takes values has a critic, as the schema
+    says where no block does. Raises ConfigError for a setting that needs what rollouts do not make.
     """
     if setting.weights == "fixed_length" and setting.length is None:
         setting = override(setting, length=rollouts.max_new_tokens)
-    sampling = Sampling(
-        rollouts.temperature, rollouts.top_k, rollouts.top_p, rollouts.max_new_tokens, rollouts.stop, 0, rollouts.min_p
-    )
-    return PolicyGradient(
-        setting, questions, rewards, sampling, group_size=rollouts.group_size, updates=rollouts.updates, passes=rollouts.passes,
-        sampler=sampler, total_steps=total_steps, seed=seed, prepared=prepared, end_ids=end_ids,
-        prompts=Prompts(sampler, rollouts.curriculum, rollouts.screen), refill=rollouts.refill, cushion=rollouts.overlong_cushion,
-        old_logprobs=rollouts.old_logprobs,
-    )  # fmt: skip
+    rounds, online = drawing(material, rewards, rollouts)
+    return PolicyGradient(setting, rounds, old_logprobs=rollouts.old_logprobs, critic=critic or Critic(), **online)

@@ -22,6 +22,7 @@ from burnish.core.metrics import emit
 from burnish.core.records import Sampling, Spend, Trajectory
 from burnish.core.runs import StageFolder, write_atomic
 from burnish.core.seeds import derive
+from burnish.engines.base import Node
 from burnish.engines.local.engine import LocalEngine
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
@@ -53,6 +54,7 @@ class Sample:
     steps               (tokens up to its end, reward or None) of each step, where rewards score steps
     old_logprobs        of its tokens by the trainer, before any step of the round; empty where not asked for
     entropies           of the policy at its tokens, likewise
+    values              of a critic as the round began: of the state before each token, then of the state after the last
     """
 
     tokens: tuple[int, ...]
@@ -65,6 +67,7 @@ class Sample:
     steps: tuple[Step, ...] = ()
     old_logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
 
     @property
     def worth(self) -> float | None:
@@ -83,12 +86,12 @@ class Sample:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Sample:
-        tuples = {name: tuple(row[name]) for name in ("tokens", "logprobs", "old_logprobs", "entropies") if name in row}
+        tuples = {name: tuple(row[name]) for name in ("tokens", "logprobs", "old_logprobs", "entropies", "values") if name in row}
         steps = tuple((end, value) for end, value in row.get("steps", ()))
         return cls(**{**row, **tuples, "steps": steps})
 
 
-OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": ()}  # left out of the file
+OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": (), "values": ()}  # left out of the file
 
 
 def dead(group: Sequence[Sample]) -> bool:
@@ -106,6 +109,7 @@ def undecided(group: Sequence[Sample]) -> bool:
 class Round:
     """What one round drew: for each question its samples and, where asked for, the reward of its greedy answer.
 
+    prompts   ids of each question, so that what was drawn can be learned from elsewhere
     replaced  (question, its samples) that a refill put others in the place of; not kept on disk
     """
 
@@ -117,6 +121,7 @@ class Round:
     spend: Spend
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     notices: list[str] = field(default_factory=list[str])
+    prompts: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     replaced: list[tuple[int, list[Sample]]] = field(default_factory=list[tuple[int, list[Sample]]])
 
     @property
@@ -126,7 +131,7 @@ class Round:
 
     def write(self, path: Path) -> None:
         head = {"schema": 1, "round": self.number, "weights_version": self.version, "questions": self.questions, "greedy": self.greedy,
-                "spend": asdict(self.spend), "facts": self.facts, "notices": self.notices}  # fmt: skip
+                "prompts": self.prompts, "spend": asdict(self.spend), "facts": self.facts, "notices": self.notices}  # fmt: skip
         lines = [head, *({"group": i, **s.to_json()} for i, group in enumerate(self.groups) for s in group)]
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, gzip.compress("".join(json.dumps(x) + "\n" for x in lines).encode(), mtime=0))
@@ -140,14 +145,20 @@ class Round:
                 row = json.loads(line)
                 group = row.pop("group")
                 groups[group].append(Sample.from_json(row))
-        spend = Spend(**head["spend"])
-        return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], spend, head["facts"], head["notices"])
+        spend, prompts = Spend(**head["spend"]), [tuple(ids) for ids in head.get("prompts", ())]
+        return cls(head["round"], head["weights_version"], head["questions"], groups, head["greedy"], spend, head["facts"], head["notices"], prompts)
 
 
 class Batches(Protocol):
-    """Which prompts each round draws for."""
+    """Which prompts each round draws for, and how many."""
+
+    @property
+    def batch_rows(self) -> int: ...
 
     def batch(self, number: int, /) -> Sequence[int]: ...
+
+
+Draw = Callable[[LocalEngine, Sequence[Node], Sampling, Sequence[tuple[int, int]]], list[Trajectory]]
 
 
 @dataclass
@@ -160,6 +171,7 @@ class Rounds:
     cushion          of `maths.filters.soft_overlong`, in tokens before `max_new_tokens`; None: length costs nothing
     rescored         whether the trainer scores what was sampled, for `old_logprobs`
     entropic         whether it measures entropies
+    sample           what draws the round's own prompts in the engine's place: (engine, nodes, sampling, keys) -> trajectories
     """
 
     questions: Sequence[Question]
@@ -176,6 +188,7 @@ class Rounds:
     entropic: bool = False
     poll: Callable[[], None] | None = None
     engine: LocalEngine | None = None
+    sample: Draw | None = None
     _told: set[str] = field(default_factory=set[str])
 
     def news(self, drawn: Round) -> list[str]:
@@ -188,15 +201,20 @@ class Rounds:
                 fresh.append(notice)
         return fresh
 
-    def draw(self, policy: Any, number: int, *, chosen: Sequence[int] | None = None, group_size: int | None = None, hinted: bool = False) -> Round:
+    def draw(
+        self, policy: Any, number: int, *, chosen: Sequence[int] | None = None, group_size: int | None = None, hinted: bool = False,
+        begun: Sequence[tuple[int, ...]] | None = None,
+    ) -> Round:  # fmt: skip
         """Sample groups with the present weights and score them; then, where asked for, others in place of dead ones.
-
-        chosen  these questions in place of the round's own: none is replaced, and the trainer scores nothing
-        hinted  whether they are asked with their answers told
 
         Prompts that replace others come from far ahead in the same order of prompts, so that the round is a pure
         function of the weights and its number and takes none from the rounds to come. What is logged of rewards is what
         was drawn first: selection would flatter it.
+
+        chosen      these questions in place of the round's own: none is replaced, and neither a critic nor the trainer looks at them
+        group_size  of this round, where it is not the stage's
+        hinted      whether they are asked with their answers told
+        begun       tokens that every completion of a prompt begins with: given, not drawn, without log-probs
         """
         own, size = chosen is None, group_size or self.group_size
         policy.train(False)
@@ -206,7 +224,8 @@ class Rounds:
         engine.poll = self.poll
         before, version = engine.spend, engine.weights_version
         asked = [int(i) for i in (self.sampler.batch(number) if chosen is None else chosen)]
-        groups, greedy, found = self._groups(policy, asked, derive(self.seed, "rollouts", number), size, hinted=hinted)
+        draw = self.sample if own else None
+        groups, greedy, found = self._groups(policy, asked, derive(self.seed, "rollouts", number), size, draw, hinted=hinted, begun=begun)
         facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
         facts |= _facts([s for group in groups for s in group], groups)
         if len(found.components) > 1:
@@ -221,7 +240,7 @@ class Rounds:
             if not places:
                 break
             seed = derive(self.seed, "refill", number, attempt)
-            fresh, plain, _ = self._groups(policy, list(places.values()), seed, size)
+            fresh, plain, _ = self._groups(policy, list(places.values()), seed, size, self.sample)
             for place, (q, question) in enumerate(places.items()):
                 replaced.append((asked[q], groups[q]))
                 asked[q], groups[q] = question, fresh[place]
@@ -233,58 +252,68 @@ class Rounds:
         if own and (self.rescored or self.entropic):
             groups, more = self._scored(policy, asked, groups)
             spend += more
-        return Round(number, version, asked, groups, greedy, spend, facts, list(found.stats["warnings"]), replaced)
+        prompts, warnings = [self.questions[i].ids for i in asked], list(found.stats["warnings"])
+        return Round(number, version, asked, groups, greedy, spend, facts, warnings, prompts, replaced)
 
     def _groups(
-        self, policy: Any, chosen: Sequence[int], seed: int, size: int, *, hinted: bool = False
-    ) -> tuple[list[list[Sample]], list[float | None], Breakdown]:
+        self, policy: Any, chosen: Sequence[int], seed: int, size: int, sample: Draw | None, *, hinted: bool = False,
+        begun: Sequence[tuple[int, ...]] | None = None,
+    ) -> tuple[list[list[Sample]], list[float | None], Breakdown]:  # fmt: skip
         """The groups of these questions, the rewards of their greedy answers where asked for, and what rewards said."""
         engine = self.engine
         assert engine is not None
         version = engine.weights_version
-        nodes = engine.prefill_many([self.questions[i].hinted if hinted else self.questions[i].ids for i in chosen])
+        given = begun or [()] * len(chosen)
+        asked = [self.questions[i].hinted if hinted else self.questions[i].ids for i in chosen]
+        nodes = engine.prefill_many([(*ids, *tokens) for ids, tokens in zip(asked, given)])
         rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(size)]
         sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
-        drawn = engine.sample([node for node, _ in rows], sampling, [key for _, key in rows])
+        first, keys = [node for node, _ in rows], [key for _, key in rows]
+        drawn = engine.sample(first, sampling, keys) if sample is None else sample(engine, first, sampling, keys)
         plain: list[Trajectory] = []
         if self.greedy:
             greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
             plain = engine.sample(nodes, greedy, [(q, 0) for q in range(len(nodes))])
         for node in nodes:
             engine.free(node)
-        every = [*drawn, *plain]
-        for t in every:
+        for t in (*drawn, *plain):
             _refuse_unfit(t, version)
         owner = [q for _, (q, _) in rows] + list(range(len(plain)))
-        asked = [self.questions[chosen[q]] for q in owner]
-        names = dict.fromkeys(name for question in asked for name in question.columns)
-        columns = {name: [question.columns.get(name) for question in asked] for name in names}
-        columns["completion_ids"] = [list(t.completion) for t in every]
-        shown = [question.shown for question in asked]
-        said: list[Any] = [t.text for t in every]
-        if not isinstance(shown[0], str):
-            said = [[{"role": "assistant", "content": text}] for text in said]
         groups = [q if i < len(rows) else len(nodes) + q for i, q in enumerate(owner)]
+        said = [_said(policy, given[q], t) for q, t in zip(owner, (*drawn, *plain))]
+        samples, found = self.judged(policy, said, [chosen[q] for q in owner], groups)
+        split = [samples[q * size : (q + 1) * size] for q in range(len(nodes))]
+        return split, [s.worth for s in samples[len(rows) :]], found
+
+    def judged(self, policy: Any, said: Sequence[Sample], asked: Sequence[int], groups: Sequence[int]) -> tuple[list[Sample], Breakdown]:
+        """The samples with what they are worth, and what rewards said of all of them; `asked` are their questions."""
+        questions = [self.questions[q] for q in asked]
+        names = dict.fromkeys(name for question in questions for name in question.columns)
+        columns = {name: [question.columns.get(name) for question in questions] for name in names}
+        columns["completion_ids"] = [list(s.tokens) for s in said]
+        shown = [question.shown for question in questions]
+        texts: list[Any] = [s.text for s in said]
+        if not isinstance(shown[0], str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
         ends: list[list[int]] = []
         steps: dict[str, Any] = {}
         if self.rewards.cut is not None:
-            places = self.rewards.cut([t.text for t in every])
-            ends = [token_ends(policy.decode, t.completion, t.text, at) for t, at in zip(every, places)]
-            steps = {"steps": [[t.text[a:b] for a, b in pairwise([0, *at])] for t, at in zip(every, places)], "step_ends": ends}
-        found = self.rewards.score(shown, said, columns, groups, **steps)
+            places = self.rewards.cut([s.text for s in said])
+            ends = [token_ends(policy.decode, s.tokens, s.text, at) for s, at in zip(said, places)]
+            steps = {"steps": [[s.text[a:b] for a, b in pairwise([0, *at])] for s, at in zip(said, places)], "step_ends": ends}
+        found = self.rewards.score(shown, texts, columns, groups, **steps)
         process = frozenset(c.title for c in self.rewards.components if c.process)
-        penalties = [0.0] * len(every)
+        penalties = [0.0] * len(said)
         if self.cushion is not None:
-            length = torch.tensor([len(t.completion) for t in every])
+            length = torch.tensor([len(s.logprobs) for s in said])  # of what was drawn: max_new_tokens is of that
             penalties = soft_overlong(length, longest=self.sampling.max_new_tokens, cushion=self.cushion).tolist()
         samples: list[Sample] = []
-        for i, t in enumerate(every):
+        for i, s in enumerate(said):
             parts = {name: ones[i] for name, ones in found.components.items()}
             by_step = step_rewards(parts, self.rewards.weights, process, ends[i]) if ends else ()
             values = {name: one.value for name, one in parts.items()}
-            samples.append(Sample(t.completion, t.logprobs or (), t.finish, t.text, values, found.total[i].value, penalties[i], by_step))
-        split = [samples[q * size : (q + 1) * size] for q in range(len(nodes))]
-        return split, [s.worth for s in samples[len(rows) :]], found
+            samples.append(replace(s, rewards=values, total=found.total[i].value, penalty=penalties[i], steps=by_step))
+        return samples, found
 
     def _scored(self, policy: Any, chosen: Sequence[int], groups: list[list[Sample]]) -> tuple[list[list[Sample]], Spend]:
         """The samples with what the trainer says of them, before any step of the round."""
@@ -332,11 +361,30 @@ def retire(folder: StageFolder, number: int) -> None:
             path.unlink()
 
 
-def tree_of(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[int]) -> Tree:
-    """The prompt with these completions below it; every sampled token is a label."""
+def _said(policy: Any, begun: tuple[int, ...], drawn: Trajectory) -> Sample:
+    """A completion of given and drawn tokens, not yet scored; what a stop string cut from its text stays cut."""
+    text = drawn.text
+    if begun:
+        hidden = len(policy.decode(drawn.completion)) - len(text)
+        text = policy.decode((*begun, *drawn.completion))
+        text = text[: len(text) - hidden]
+    return Sample((*begun, *drawn.completion), drawn.logprobs or (), drawn.finish, text, {}, None)
+
+
+def tree_of(prompt: tuple[int, ...], group: Sequence[Sample], members: Sequence[int], shared: int = 0) -> Tree:
+    """The prompt, and the first `shared` tokens that these completions have in common, with their rest below it.
+
+    Every token of a completion is a label, once for each completion.
+    """
     first = len(prompt)
-    units = tuple(Unit(leaf, tuple(range(first, first + len(group[i].tokens)))) for leaf, i in enumerate(members, start=1))
-    return Tree((prompt, *(group[i].tokens for i in members)), (-1, *(0 for _ in members)), units)
+    tails: list[tuple[int, ...]] = []
+    units: list[Unit] = []
+    for i in members:
+        if tail := group[i].tokens[shared:]:
+            tails.append(tail)
+        units.append(Unit(len(tails) if tail else 0, tuple(range(first, first + len(group[i].tokens)))))
+    root = (*prompt, *group[members[0]].tokens[:shared])
+    return Tree((root, *tails), (-1, *(0 for _ in tails)), tuple(units))
 
 
 def _facts(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
@@ -345,7 +393,7 @@ def _facts(samples: Sequence[Sample], groups: Sequence[Sequence[Sample]]) -> dic
     return emit(
         completion_tokens=tokens / len(samples),
         truncated_share=sum(s.finish == "length" for s in samples) / len(samples),
-        surprisal=-sum(p for s in samples for p in s.logprobs) / tokens,
+        surprisal=-sum(p for s in samples for p in s.logprobs) / sum(len(s.logprobs) for s in samples),
         dead_groups=sum(map(dead, groups)) / len(groups),
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from burnish.core.runs import file_sha256, storage_errors, sync_folder, write_js
 from burnish.models.policy import Policy
 
 
-def export(policy: Policy, folder: Path, *, card: str, about: Mapping[str, Any] | None = None) -> str:
+def export(
+    policy: Policy, folder: Path, *, card: str, about: Mapping[str, Any] | None = None, beside: Mapping[str, Callable[[Path], None]] | None = None
+) -> str:
     """Write the policy to `folder` (replaced whole) and return the sha256 of its weight files, joined and hashed by name.
 
     An adapted policy is written in PEFT layout (its base is named, not copied). Weights keep the dtype they were trained
-    in, so that what was evaluated is what is loaded. Raises StorageError.
+    in, so that what was evaluated is what is loaded. `beside`: path in the folder -> what writes that file. Raises
+    StorageError.
     """
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
@@ -35,9 +38,13 @@ def export(policy: Policy, folder: Path, *, card: str, about: Mapping[str, Any] 
             base.config._attn_implementation = before
         policy.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir()) if p.is_file()}
+        for name, write in (beside or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            write(temporary / name)
+        paths = sorted(p for p in temporary.rglob("*") if p.is_file())
+        files = {p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}
         write_json(temporary / "manifest.json", {"schema": 1, "burnish": __version__, "files": files, **(about or {})})
-        for path in temporary.iterdir():
+        for path in (*paths, temporary / "manifest.json"):
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
         if folder.exists():

@@ -52,6 +52,17 @@ class Output:
     router_loss: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RowLoss:
+    """A further objective, on the hidden rows that predict the labels: `loss([N, H]) -> scalar`, as a value head's.
+
+    through_body  whether its gradient goes on into the body, or stops at the rows
+    """
+
+    loss: Callable[[Tensor], Tensor]
+    through_body: bool
+
+
 class Policy(nn.Module):
     """See module. `why_not_shared` is None when forest attention is exact for this model, else the reason to pad rows."""
 
@@ -184,19 +195,27 @@ class Policy(nn.Module):
             self.train(mode)
         self.checkpointing = what
 
-    def forward(self, micro: Micro, objective: Objective, *, couple: Tensor | None = None, rows: int | None = None) -> Output:
+    def forward(
+        self, micro: Micro, objective: Objective | None, *, couple: Tensor | None = None, rows: int | None = None,
+        on_rows: RowLoss | None = None,
+    ) -> Output:  # fmt: skip
         """One micro-batch: body, head and the objective's gradient on the loss rows. `couple` [M]: ids never split by a chunk.
 
-        Where the model's own loss has a router term (`models/router.py`), it is part of this loss.
+        Where the model's own loss has a router term (`models/router.py`), it is part of this loss. `on_rows` adds its own;
+        with it alone (objective None) there is no head and `logprobs` is empty.
         """
+        if objective is None:
+            assert on_rows is not None
+            return self._rows_alone(micro, on_rows)
         plan = Forest(micro.stream.layout)
         router_logits: list[Tensor] = []
         hidden = self.hidden(micro.stream, plan, *([] if self.router is None else [router_logits]))
         view = micro.view
+        predicting = hidden[view.source.to(hidden.device)]
         options: dict[str, Any] = {} if rows is None else {"rows": rows}
         weight = self.head_weight()
         loss, logprobs = head_loss(
-            hidden[view.source.to(hidden.device)], weight, view.label.to(hidden.device), objective,
+            predicting, weight, view.label.to(hidden.device), objective,
             index=view.index.to(hidden.device), couple=couple, bias=self.head_bias(), logit_map=self.logit_map,
             sink=self.sinks.get(weight) if isinstance(weight, nn.Parameter) else None, **options,
         )  # fmt: skip
@@ -204,31 +223,50 @@ class Policy(nn.Module):
         if self.router is not None:
             term = self.router.loss(router_logits, hidden, micro)
             loss, router_loss = loss + term.to(loss), term.detach()
-        tokens, head_rows = len(micro.stream.tokens), len(view.label)
+        head_rows = len(view.label)
         grads, head_trained = loss.requires_grad, weight.requires_grad
-        again = (self._recomputed or 0) if self.checkpointing != "off" else 0
+        if on_rows is not None:
+            loss = loss + on_rows.loss(predicting if on_rows.through_body else predicting.detach()).to(loss)
         twice = recomputed_rows(head_rows, weight, index=view.index, couple=couple, rows=rows) if couple is not None else 0
 
         def executed_flops(backward: bool) -> int:
             shape = self.shape
-            per_token = 2 * shape.body_parameters + 2 * shape.adapter_parameters
-            if backward:
-                per_token += (2 if shape.trained == "adapter" else 4) * shape.body_parameters + 4 * shape.adapter_parameters + 2 * again
-            if self.why_not_shared is None:
-                body_tokens, attention = tokens, plan.flops + (plan.flops_backward if backward else 0)
-            else:  # padded rows: every position, and a full square of keys in each layer
-                body_tokens = padded_positions(micro.stream.layout)
-                longest = max(f + n for f, n in zip(micro.stream.layout.first_position, micro.stream.layout.length))
-                pair = 2 * shape.query_heads * (shape.key_width + shape.value_width) * shape.layers
-                passes = (4 if again else 3) if backward else 1
-                attention = passes * pair * body_tokens * longest
+            further = 0 if on_rows is None else row_flops(head_rows, shape.hidden, on_rows, backward)
             # the head forms its gradient in the forward, so it is spent whether or not a backward follows
             head = head_flops(
                 head_rows, shape.vocabulary, shape.hidden, weight_trained=head_trained, backward=grads, recomputed=twice
             )
-            return per_token * body_tokens + attention + head
+            return self.body_flops(micro.stream, plan, backward) + head + further
 
         return Output(loss, logprobs, executed_flops, router_loss)
+
+    def _rows_alone(self, micro: Micro, on_rows: RowLoss) -> Output:
+        """`forward` without a head: the body runs without a graph where none is wanted."""
+        plan = Forest(micro.stream.layout)
+        with nullcontext() if on_rows.through_body else torch.no_grad():
+            hidden = self.hidden(micro.stream, plan)
+        loss = on_rows.loss(hidden[micro.view.source.to(hidden.device)])
+
+        def executed_flops(backward: bool) -> int:
+            body = self.body_flops(micro.stream, plan, backward and hidden.requires_grad)
+            return body + row_flops(len(micro.view.label), self.shape.hidden, on_rows, backward)
+
+        return Output(loss, hidden.new_zeros(0), executed_flops)
+
+    def body_flops(self, stream: Stream, plan: Forest, backward: bool) -> int:
+        """FLOPs the body launched for a stream that ran with `plan`; with its backward, once that has run too."""
+        shape, layout = self.shape, stream.layout
+        again = (self._recomputed or 0) if self.checkpointing != "off" else 0
+        per_token = 2 * shape.body_parameters + 2 * shape.adapter_parameters
+        if backward:
+            per_token += (2 if shape.trained == "adapter" else 4) * shape.body_parameters + 4 * shape.adapter_parameters + 2 * again
+        if self.why_not_shared is None:
+            return per_token * len(stream.tokens) + plan.flops + (plan.flops_backward if backward else 0)
+        # padded rows: every position, and a full square of keys in each layer
+        positions = padded_positions(layout)
+        pair = 2 * shape.query_heads * (shape.key_width + shape.value_width) * shape.layers
+        passes = (4 if again else 3) if backward else 1
+        return (per_token + passes * pair * layout.longest) * positions
 
     @torch.no_grad()
     def logprobs(self, micro: Micro) -> Tensor:
@@ -261,6 +299,11 @@ class Policy(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything that is trained; a tied weight appears once."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+def row_flops(rows: int, hidden: int, on_rows: RowLoss, backward: bool) -> int:
+    """Of one linear output on `rows` hidden rows: forward, the gradient of its weight, that of the rows."""
+    return 2 * hidden * rows * (1 + (1 + on_rows.through_body if backward else 0))
 
 
 def find_logit_map(base: Any, body: nn.Module, weight: Tensor, bias: Tensor | None) -> LogitMap:
@@ -297,4 +340,4 @@ def find_logit_map(base: Any, body: nn.Module, weight: Tensor, bias: Tensor | No
     )
 
 
-__all__ = ["NAME", "Output", "Policy", "find_logit_map"]
+__all__ = ["NAME", "Output", "Policy", "RowLoss", "find_logit_map"]

@@ -13,15 +13,19 @@ from burnish.models.policy import Policy
 from burnish.models.scoring import score
 
 
+def twin(policy: Policy) -> Policy:
+    """A frozen copy of the policy, adapter included, that reads streams as the policy does."""
+    model: Any = copy.deepcopy(policy.model).requires_grad_(False).eval()
+    made = Policy(model, policy.tokenizer, source=policy.source, probe=False)
+    made.logit_map, made.why_not_shared = policy.logit_map, policy.why_not_shared
+    return made
+
+
 class Reference:
     """Log-probs of a batch under the weights of `policy` as they are now. An adapted policy lends its own base: no copy."""
 
     def __init__(self, policy: Policy) -> None:
-        self._copy: Policy | None = None
-        if not policy.adapted:
-            model: Any = copy.deepcopy(policy.model).requires_grad_(False).eval()
-            self._copy = Policy(model, policy.tokenizer, source=policy.source, probe=False)
-            self._copy.logit_map, self._copy.why_not_shared = policy.logit_map, policy.why_not_shared
+        self._copy = None if policy.adapted else twin(policy)
 
     def logprobs(self, policy: Policy, batch: Batch) -> tuple[Tensor, int]:
         """([M] in the batch's entry order, on the host; executed FLOPs)."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from burnish.core.errors import CompleteError, ConfigError, DivergedError
-from burnish.core.ledger import Ledger, train_flops
+from burnish.core.ledger import Ledger, forward_flops, train_flops
 from burnish.core.machine import peak_resident_bytes as rss_bytes
 from burnish.core.metrics import emit
 from burnish.core.records import ModelShape, Spend
@@ -24,11 +24,11 @@ from burnish.core.runs import StageFolder, append_json, cut, write_json
 from burnish.core.stop import Stop
 from burnish.forest.pack import Micro
 from burnish.maths.head import Objective
-from burnish.models.policy import Output, Policy
+from burnish.models.policy import Output, Policy, RowLoss, row_flops
 from burnish.train import checkpoint
 from burnish.train.activations import Dice
 from burnish.train.memory import Memory, Plan, out_of_memory
-from burnish.train.method import Method, Work
+from burnish.train.method import Method, Pass, Work
 from burnish.train.optim import Optimiser
 
 
@@ -115,6 +115,7 @@ def fit(
         adam_epsilon=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
+        beside=method.beside(settings.learning_rate),
     )
     state = State()
     if resume and (found := checkpoint.latest(folder)):
@@ -232,11 +233,14 @@ def one_step(
     state.step += 1
     if finite:
         try:
-            optimiser.step(rate, norm)
+            own = method.update(policy, optimiser, work, plan, rate)
+            if own is None:
+                optimiser.step(rate, norm, policy_moves=work.policy_moves)
+            done.executed += own or 0
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            raise memory.failure(policy, optimiser, "the first update has no room for the optimiser's moments") from error
+            raise memory.failure(policy, optimiser, "the update itself has no room") from error
         state.skipped_in_a_row = 0
     else:
         state.skipped_steps += 1
@@ -291,32 +295,44 @@ def gradients(policy: Policy, method: Method, plan: Plan, work: Work, shape: Mod
     """Forward and backward of a whole batch. A loss that is not finite spoils the gradients, which are then not used."""
     done = Done()
     for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
-        objective, couple = method.objective(work, micro)
-        try:
-            out = forward_backward(policy, micro, objective, couple)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            raise _TooLarge(micro, error) from None
-        done.losses.append(out.loss.detach())
-        method.observe(work, micro, out.logprobs)
-        if out.router_loss is not None:
-            done.router.append(out.router_loss)
-        layout = micro.stream.layout
+        for run in method.forwards(policy, work, micro):  # one after the other: activations of one stand at a time
+            if run.policy is not policy and run.on_rows is not None and run.on_rows.through_body:
+                run.policy.checkpoint(plan.checkpointing)
+            try:
+                out = forward_backward(run.policy, micro, run.objective, run.couple, on_rows=run.on_rows)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                raise _TooLarge(micro, error) from None
+            done.losses.append(out.loss.detach())
+            if run.objective is not None:
+                method.observe(work, micro, out.logprobs)
+            if out.router_loss is not None:
+                done.router.append(out.router_loss)
+            done.executed += out.executed_flops(True)
+            done.useful += useful_flops(run, micro, shape if run.policy is policy else run.policy.shape)
+            del out
         done.labels += len(micro.view.index)
         done.tokens += len(micro.stream.tokens)
-        done.executed += out.executed_flops(True)
-        done.useful += train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
-        del out
     return done
 
 
+def useful_flops(run: Pass, micro: Micro, shape: ModelShape) -> int:
+    """The least work of one pass over a micro-batch; `shape` is its policy's."""
+    tokens, rows, layout = len(micro.stream.tokens), len(micro.view.label), micro.stream.layout
+    segments = list(zip(layout.first_position, layout.length))
+    further = 0 if run.on_rows is None else row_flops(rows, shape.hidden, run.on_rows, backward=True)
+    if run.objective is not None:
+        return train_flops(shape, tokens, rows, segments) + further
+    return further + (train_flops if run.on_rows and run.on_rows.through_body else forward_flops)(shape, tokens, 0, segments)
+
+
 def forward_backward(
-    policy: Policy, micro: Micro, objective: Objective, couple: torch.Tensor | None = None, *,
-    rows: int | None = None, between: Callable[[], None] | None = None,
+    policy: Policy, micro: Micro, objective: Objective | None, couple: torch.Tensor | None = None, *,
+    rows: int | None = None, on_rows: RowLoss | None = None, between: Callable[[], None] | None = None,
 ) -> Output:  # fmt: skip
     """One micro-batch: its gradient is added to what is there."""
-    out = policy(micro, objective, couple=couple, rows=rows)
+    out = policy(micro, objective, couple=couple, rows=rows, on_rows=on_rows)
     if between is not None:
         between()
     out.loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,6 +15,19 @@ from burnish.data.chat import Mask, Prepared
 from burnish.data.sampler import Sampler
 from burnish.forest.pack import Batch, Micro
 from burnish.maths.head import Objective
+from burnish.models.policy import Policy, RowLoss
+from burnish.train.memory import Plan
+from burnish.train.optim import Beside, Optimiser
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward of a micro-batch. policy: whose; objective None: nothing but what `on_rows` says."""
+
+    policy: Policy
+    objective: Objective | None
+    couple: Tensor | None = None
+    on_rows: RowLoss | None = None
 
 
 @dataclass
@@ -25,6 +39,7 @@ class Work:
     restart  weights by name to begin again from, without moments; None: go on
     spend    what making it cost an engine; facts: metrics of it besides the loop's own; notices: what a person should know
     seconds  phase -> the wall time of `prepare` that is not the training's own
+    policy_moves  False where only what is trained beside the policy learns from it
     """
 
     made: Batch | None
@@ -39,6 +54,7 @@ class Work:
     facts: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    policy_moves: bool = True
 
     @property
     def batch(self) -> Batch:
@@ -61,11 +77,26 @@ class Material(Protocol):
     def sampler(self, rows: int) -> Sampler: ...
 
     def questions(self, hint: str | None = None) -> tuple[Prepared, list[Any]]:
-        """(the rows as prompts, the same as `methods.rounds.Question`). Raises DataError."""
+        """(the rows as prompts to be answered, the same as `methods.rounds.Question`). Raises DataError.
+
+        hint  what takes the place of the last turn where the answer is told
+        """
         ...
 
-    def steps(self, sampler: Sampler) -> int:
-        """Optimiser steps of the whole stage."""
+    def gold(self, questions: Sequence[Any]) -> list[tuple[int, ...]]:
+        """The completion each question's own row gives, its end included. Raises DataError for a row without one."""
+        ...
+
+    def scored(self, reward: str) -> tuple[Prepared, list[float]]:
+        """Completions with the number in their column `reward`, or stored ones with their own. Raises DataError."""
+        ...
+
+    def text(self, token: int) -> str:
+        """What a token adds to a text."""
+        ...
+
+    def steps(self, sampler: Sampler, each: int = 1) -> int:
+        """Optimiser steps of the whole stage, `each` of them for every batch of rows where epochs say how many."""
         ...
 
     def seed(self, purpose: str) -> int:
@@ -94,8 +125,31 @@ class Hooks:
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
 
+    def objective(self, work: Work, micro: Micro) -> tuple[Objective, Tensor | None]:
+        """The objective of one micro-batch and its coupling ids [M] (None: tokens are independent)."""
+        raise NotImplementedError
+
+    def forwards(self, policy: Policy, work: Work, micro: Micro) -> Sequence[Pass]:
+        """What is run of one micro-batch: the policy under `objective`."""
+        return [Pass(policy, *self.objective(work, micro))]
+
     def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None:
         """The trainer's log-probs of a micro-batch, detached."""
+
+    def beside(self, learning_rate: float) -> Beside | None:
+        """What is trained beside a policy that is trained at `learning_rate`, once `start` was called."""
+        return None
+
+    def exports(self) -> Mapping[str, Callable[[Path], None]]:
+        """Files that go with the trained model: path in its folder -> what writes it."""
+        return {}
+
+    def update(self, policy: Any, optimiser: Optimiser, work: Work, plan: Plan, rate: float) -> int | None:
+        """A step of the method's own in place of clipping and the optimiser's, from gradients that are finite.
+
+        Returns the FLOPs it executed; None: the optimiser is to step.
+        """
+        return None
 
 
 class Method(Protocol):
@@ -121,4 +175,12 @@ class Method(Protocol):
 
     def load(self, state: Mapping[str, Any]) -> None: ...
 
+    def forwards(self, policy: Policy, work: Work, micro: Micro) -> Sequence[Pass]: ...
+
     def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None: ...
+
+    def update(self, policy: Any, optimiser: Optimiser, work: Work, plan: Plan, rate: float) -> int | None: ...
+
+    def beside(self, learning_rate: float) -> Beside | None: ...
+
+    def exports(self) -> Mapping[str, Callable[[Path], None]]: ...

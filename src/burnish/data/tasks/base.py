@@ -102,3 +102,17 @@ def items(task: Task, fold: Fold, levels: Sequence[int] | None, rows: int, seed:
         numbers[level] += 1
         made.append(replace(item, id=f"{task.name}/{fold}/{level}/{numbers[level]:04d}"))
     return made
+
+
+def shown(task: Task, levels: Sequence[int] | None, shots: int, seed: int) -> list[Item]:
+    """The solved questions that a few-shot prompt begins with: `shots` of the train fold, the same for every row of a seed."""
+    return items(task, "train", levels, shots, derive(seed, "shots", task.name)) if shots else []
+
+
+def after_examples(examples: Sequence[Item], question: str) -> str:
+    """A question as plain text below solved ones, a blank line after each; alone, where there are none.
+
+    What a base model without a chat template goes on with is an answer in the same form (arXiv:2005.14165).
+    """
+    lead = "".join(f"{e.question}\n{e.rationale}\n\n" for e in examples)
+    return f"{lead}{question}\n" if examples else question

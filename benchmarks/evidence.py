@@ -1,0 +1,47 @@
+"""Whether a method makes the bundled model better: stored runs judged on held-out items. Standard library only.
+
+`tools/evidence.py` makes the runs and stores them; here is what is wanted of them and how they are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.harness import Criterion
+
+ID, GEMMA = "evidence", "gemma_grpo"
+GAIN, P = 0.04, 0.01
+COLUMNS = ["row", "accuracy before / after", "gain (95 %)", "p", "gain by seed", "tokens sampled / trained", "TFLOP", "seconds", "steps"]
+
+
+def criterion(row: Mapping[str, Any], gain: float = GAIN) -> Criterion:
+    """At least `gain` over all seeds, p < P, and above zero in each seed."""
+    wanted = f">= {100 * gain:g} points, p < {P:g}, each seed above 0"
+    if "gain" not in row:
+        return Criterion(ID, row["row"], wanted, row.get("not_measured", "not run"), None)
+    each = [seed["gain"] for seed in row["seeds"]]
+    met = row["gain"] >= gain and row["p"] < P and min(each) > 0
+    return Criterion(ID, row["row"], wanted, f"{points(row['gain'])}, p = {row['p']:.1e}, by seed {', '.join(map(points, each))}", met)
+
+
+def criteria(result: Mapping[str, Any]) -> list[Criterion]:
+    return [criterion(row, result.get("wanted_gain", GAIN)) for row in result["rows"]]
+
+
+def points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table in RESULTS.md. Tokens, FLOPs and seconds are of the stage, its evaluation apart, a seed on average."""
+    if "gain" not in row:
+        return [row["row"], "not measured: " + row.get("not_measured", "not run").splitlines()[0].replace("|", "/")] + [""] * (len(COLUMNS) - 2)
+    seeds = row["seeds"]
+    mean = {key: sum(seed[key] for seed in seeds) / len(seeds) for key in ("sampled_tokens", "trained_tokens", "flops", "seconds", "steps")}
+    low, high = row["interval"]
+    return [
+        row["row"], f"{100 * row['before']:.1f} / {100 * row['after']:.1f}", f"**{points(row['gain'])}** ({points(low)} to {points(high)})", f"{row['p']:.1e}",
+        ", ".join(points(seed["gain"]) for seed in seeds), f"{mean['sampled_tokens'] / 1e3:.0f} k / {mean['trained_tokens'] / 1e3:.0f} k",
+        f"{mean['flops'] / 1e12:.2f}", f"{mean['seconds']:.0f}", f"{mean['steps']:.0f}",
+    ]  # fmt: skip
