@@ -48,8 +48,9 @@ def test_with_nothing_given_it_is_reinforce() -> None:
     assert distance(got, plain) < 1e-5 and work.facts["supervised_share"] == 0
 
 
-def test_between_the_first_tokens_are_given_and_the_tail_is_drawn() -> None:
-    policy, method = mixer(0, 1, 9)
+@pytest.mark.parametrize("advantage", ["leave_one_out", "none"])  # of the first a group's sum is 0: given tokens would not tell
+def test_between_the_first_tokens_are_given_and_the_tail_is_drawn(advantage: str) -> None:
+    policy, method = mixer(0, 1, 9, advantage=advantage)
     given = method.longest - 9
     assert 0 < method.supervised(0) == given
     work = first_work(method, policy)
@@ -68,7 +69,7 @@ def test_between_the_first_tokens_are_given_and_the_tail_is_drawn() -> None:
             if len(method.gold[q]) > given:
                 assert s.total is not None and len(s.logprobs) == len(s.tokens) - given
                 assert s.text == policy.decode(s.tokens)
-                factor[given:] = s.total - (total - s.total) / 3
+                factor[given:] = s.total - ((total - s.total) / 3 if advantage == "leave_one_out" else 0.0)
             parts.append((factor, logprobs))
     count = sum(len(f) for f, _ in parts)
     for factor, logprobs in parts:

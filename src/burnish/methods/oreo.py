@@ -168,7 +168,7 @@ def oreo(
 ) -> Offline:  # fmt: skip
     """OREO: policy and value model learn the soft Bellman equation from stored completions, right and wrong ones.
 
-    policy: (V(s_t) - R + beta d_t + sg[beta sum_(i > t) d_i])^2,   d_t = log p(a_t | s_t) / p_ref(a_t | s_t)
+    policy: (V(s_t) - R + beta d_t + sg[beta sum_(i > t) d_i])^2,   d_t = log p(a_t | s_t) - log p_ref(a_t | s_t)
     value:  (V(s_t) - R + sg[beta sum_(i >= t) d_i])^2                                     (arXiv:2412.16145), beta = kl_coef
     An action is a token, a step (it ends with `step_end`) or the response. `data` are rows of prompt, completion and a
     number in `reward_column`, or the trajectories/ folder of a stage that drew its own. The value model is a copy of
