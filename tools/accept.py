@@ -58,9 +58,10 @@ def quickstart(folder: Path) -> None:
             for name, value in row.items():
                 if name.endswith("_tokens"):
                     tokens[name] = tokens.get(name, 0) + value
-    line("quickstart time", calibrated < 300, f"{seconds:.0f} s here at {speed:.0f} GFLOP/s fp32 = {calibrated:.0f} s at 120 (limit 300); {json.dumps(tokens)}")
+    limit = 360  # 300 until the quickstart came to reinforce as well
+    line("quickstart time", calibrated < limit, f"{seconds:.0f} s here at {speed:.0f} GFLOP/s fp32 = {calibrated:.0f} s at 120 (limit {limit}); {json.dumps(tokens)}")
     for c in report["comparisons"]:
-        stage = c["kind"] == "stage" and c["strategy"] == "greedy"
+        stage = c["kind"] == "stage" and c["strategy"] == "greedy" and c["against_stage"] == "base"
         vote = c["kind"] == "strategy" and c["strategy"] == "vote:16" and c["against_strategy"] == "greedy" and c["stage"] != "base"
         if (stage or vote) and c["eval"] == report["verdict"]["primary"]["eval"]:
             need = 0.15 if stage else 0.04

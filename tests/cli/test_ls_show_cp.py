@@ -44,7 +44,7 @@ def as_json(capsys: Capture, *words: str, code: int = 0) -> Any:
 
 def test_ls_names_recipes_and_rows_in_lines_of_a_hundred_columns(capsys: Capture) -> None:
     text = out(capsys, "ls")
-    assert "recipes\n" in text and re.search(r"^  first_steps/quickstart +Fine-tune the bundled model", text, re.MULTILINE)
+    assert "recipes\n" in text and re.search(r"^  first_steps/quickstart +Teach the bundled model", text, re.MULTILINE)
     assert "method\n  sft    Maximum likelihood (no paper).\n  simpo  Simple preference optimisation" in text
     assert max(map(len, text.splitlines())) <= 100
 
