@@ -129,7 +129,7 @@ def _reading(folder: Path):  # type: ignore[no-untyped-def]
         (["--reward", "number", "--task", "sums", "--set", "a=b"], "--set and --stage are of a recipe"),
         (["--reward", "{name: regex}", "--task", "sums"], "'regex' needs 'pattern'"),
         (["--reward", "{name: regex", "--task", "sums"], "is not YAML"),
-        (["first_steps/quickstart"], "no stage of it has rewards"),
+        (["first_steps/own_data"], "no stage of it has rewards"),
     ],
 )
 def test_what_cannot_be_meant(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
