@@ -21,14 +21,17 @@ held: dict[str, Any] = {}
 
 
 def prepare(*, model: str, mode: str, threads: int) -> Answer:
-    import torch
+    from burnish.core.machine import uncollected
 
-    from burnish.methods.supervised import Supervised
-    from burnish.models.adapters import lora
-    from burnish.models.load import load_policy
-    from burnish.train.loop import State
-    from burnish.train.memory import Memory
-    from burnish.train.optim import Optimiser
+    with uncollected():  # as a run's verbs do
+        import torch
+
+        from burnish.methods.supervised import Supervised
+        from burnish.models.adapters import lora
+        from burnish.models.load import load_policy
+        from burnish.train.loop import State
+        from burnish.train.memory import Memory
+        from burnish.train.optim import Optimiser
 
     imported = time.perf_counter()
     torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from burnish.config.check import Checked
 from burnish.config.check import check as check_resolved
 from burnish.config.load import load as load_recipe
+from burnish.core.machine import uncollected
 
 if TYPE_CHECKING:
     from burnish.core.records import Message, Spend
@@ -29,7 +30,8 @@ def run(recipe: str | os.PathLike[str], *, resume: bool = False, under: str | Pa
 
     Raises what the command line exits with: ConfigError, DataError, StorageError, ... (burnish.core.errors).
     """
-    from burnish.pipeline import run as run_recipe
+    with uncollected():
+        from burnish.pipeline import run as run_recipe
     from burnish.train.log import Progressing
 
     return run_recipe(recipe, _overrides(overrides), resume=resume, under=Path(under), progress=Progressing(quiet))

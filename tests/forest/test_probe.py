@@ -115,3 +115,21 @@ def test_a_model_with_adapters():
     bloom = tiny("bloom")
     adapted = get_peft_model(bloom, LoraConfig(target_modules=["query_key_value"]))
     assert "layers call" in str(why_not(adapted, body_of(bloom)))
+
+
+@pytest.mark.parametrize(
+    ("apart", "shares"),
+    [
+        ((0.07, 0.04), True),  # as far as the model's own attentions lie apart: rounding
+        ((0.07, 0.02), False),
+        ((0.2, 0.2), False),  # what wrong masks do, whatever rounding does
+        ((0.04,), True),
+    ],
+)
+def test_half_precision_may_differ_by_what_rounding_does_to_the_model_itself(apart: tuple[float, ...], shares: bool, monkeypatch: pytest.MonkeyPatch):
+    said = iter(apart)
+    monkeypatch.setattr(probe, "_worst", lambda got, want: next(said))
+    model = tiny("llama", dtype=torch.bfloat16)
+    before, reason = model.config._attn_implementation, why_not(model, body_of(model))
+    assert reason is None if shares else reason is not None and "differ from separate rows" in reason
+    assert model.config._attn_implementation == before

@@ -10,6 +10,7 @@ import typer
 from burnish.cli import reply, wants_json
 from burnish.cli.check import Overrides
 from burnish.cli.run import footer
+from burnish.core.machine import uncollected
 
 RECIPE = "first_steps/quickstart"
 
@@ -21,7 +22,8 @@ def quickstart(
     """Post-train the bundled model and say what it was worth. Needs no network, no account, a few minutes."""
     from burnish.core.errors import CompleteError
     from burnish.core.runs import read_json
-    from burnish.pipeline import run as run_recipe
+    with uncollected():
+        from burnish.pipeline import run as run_recipe
     from burnish.train.log import Progressing
 
     folder = runs / "quickstart"

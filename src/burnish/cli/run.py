@@ -10,6 +10,7 @@ import typer
 
 from burnish.cli import reply, wants_json
 from burnish.cli.check import Overrides
+from burnish.core.machine import uncollected
 
 
 def run(
@@ -22,7 +23,8 @@ def run(
     runs: Annotated[Path, typer.Option(help="The folder that holds run folders.")] = Path("runs"),
 ) -> None:
     """Run a recipe: train its stages, evaluate before and after, write the report."""
-    from burnish.pipeline import run as run_recipe
+    with uncollected():
+        from burnish.pipeline import run as run_recipe
     from burnish.train.log import Progressing
 
     done = run_recipe(recipe, overrides or (), resume=resume, allow_change=allow_change or (), under=runs, progress=Progressing(wants_json()))

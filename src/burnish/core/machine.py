@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -38,6 +40,19 @@ def return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which glibc then no longer raises by itself
     except (OSError, AttributeError):
         return  # another C library: freed memory is kept or returned as it sees fit
+
+
+@contextmanager
+def uncollected() -> Generator[None]:
+    """Without cyclic garbage collection: imports and vocabularies make millions of objects that stay, and looking through them again
+    and again is a third of loading them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def free_host_bytes() -> int:

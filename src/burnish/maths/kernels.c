@@ -31,8 +31,8 @@ static inline float exponential(float x) {
     p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t b = ((int32_t)n + 127) << 23; float s; memcpy(&s, &b, 4);
-    return x < -87.0f ? 0.0f : p * s;
+    int32_t b = x < -87.0f ? 0 : ((int32_t)n + 127) << 23; float s; memcpy(&s, &b, 4); /* a chosen result would be a branch where it is rounded */
+    return p * s;
 }
 static inline float tangent(float x) { /* tanh; odd and exact at its ends */
     float a = fabsf(x), e = exponential(-2.0f * a), t = (1.0f - e) / (1.0f + e);
@@ -47,13 +47,14 @@ static inline float mapped(float z, float scale, float cap, float temperature) {
 
 #define EACH_TYPE(F) F(float, f32) F(bf16, bf16)
 
-/* the largest of x[a..b): sixteen running maxima, because compilers may not reorder one where NaN counts */
+/* the largest of x[a..b): many running maxima, because compilers may not reorder one where NaN counts, and one vector of them waits
+   for itself */
 #define LARGEST(T, S) \
 static inline float largest_##S(const T *x, int64_t a, int64_t b) { \
-    float m[16], t = -INFINITY; for (int l = 0; l < 16; l++) m[l] = -INFINITY; \
-    for (; a + 16 <= b; a += 16) for (int l = 0; l < 16; l++) { float y = wide_##S(x[a + l]); m[l] = y > m[l] ? y : m[l]; } \
+    float m[64], t = -INFINITY; for (int l = 0; l < 64; l++) m[l] = -INFINITY; \
+    for (; a + 64 <= b; a += 64) for (int l = 0; l < 64; l++) { float y = wide_##S(x[a + l]); m[l] = y > m[l] ? y : m[l]; } \
     for (; a < b; a++) { float y = wide_##S(x[a]); t = y > t ? y : t; } \
-    for (int l = 0; l < 16; l++) t = m[l] > t ? m[l] : t; \
+    for (int l = 0; l < 64; l++) t = m[l] > t ? m[l] : t; \
     return t; \
 }
 EACH_TYPE(LARGEST)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from burnish.core.errors import BurnishError, ConfigError, MachineError, StorageError
+from burnish.core.machine import uncollected
 from burnish.core.runs import file_sha256, read_json
 from burnish.models.policy import Policy
 
@@ -174,6 +175,7 @@ def choose_dtype(hidden: int, intermediate: int, device: torch.device) -> dict[s
     return {"value": value, "why": why, "measured": {k: round(512 * hidden * intermediate * 2 / v / 1e9, 1) for k, v in times.items()}}
 
 
+@uncollected()
 def load_policy(source: str | Path, *, dtype: Dtype | torch.dtype = "auto", device: str | torch.device = "auto", probe: bool = True) -> Policy:
     """Load a Policy. A PEFT folder is loaded on its base model and merged (with the parity check of `adapters.merge`).
 
@@ -252,6 +254,7 @@ def known(source: str) -> bool:
     return True
 
 
+@uncollected()
 def load_tokenizer(source: str | Path) -> Any:
     """A model's tokenizer alone, without its weights. Raises ConfigError, StorageError, MachineError (unreachable hub)."""
     from transformers import AutoTokenizer

@@ -169,7 +169,7 @@ class Memory:
             optimiser.zero()
             self.holdings = Holdings.of(policy, optimiser)
             budget = self._budget(policy.device)
-            room[what] = self._tokens(self.activations[what], budget, most)
+            room[what] = self._tokens(self.activations[what], budget, max(longest, most if self.micro_tokens == "auto" else self.micro_tokens))
             if room[what] >= need:
                 break
         chosen = max(room, key=lambda what: (room[what] >= need, min(room[what], most), what == "off"))
@@ -213,9 +213,8 @@ class Memory:
         return int(free) - self.holdings.moments_to_come
 
     def _tokens(self, activations: Activations, budget: int, most: int) -> int:
-        """The most tokens that fit, with the head as small as it can be."""
-        low, high = 0, most if self.micro_tokens == "auto" else self.micro_tokens
-        high = max(high, self.longest)
+        """The most tokens that fit, up to `most`, with the head as small as it can be."""
+        low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
             if activations.peak(middle, min(middle, FEWEST_HEAD_ROWS)) <= budget:
