@@ -258,7 +258,7 @@ def _micro_tokens(setting: Setting, policy: Policy, *, moments: Optimiser) -> in
         return 200
     shape = policy.shape
     per_token = 3 * shape.layers * (16 * shape.hidden + 4 * policy.config.intermediate_size)
-    free = torch.cuda.mem_get_info()[0] - 8 * sum(m.numel() for m in moments.masters.values())
+    free = torch.cuda.mem_get_info()[0] - 8 * sum(m.gradient.numel() for m in moments.masters.values())
     return max(1024, int(0.5 * free / per_token) // 256 * 256)
 
 

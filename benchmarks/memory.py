@@ -2,8 +2,9 @@
 
 Peak memory is the kernel's high-water mark of everything since the process began: imports, loading, one step. The longest
 sequence is searched in a process whose weights and optimiser are already there: each probe is one step on one sequence,
-half prompt, and its own high-water mark. burnish is told the limit (`train.memory_bytes`), which is a sequence's only plan;
-TRL has no such setting and runs at its defaults, which recompute layers in the backward.
+half prompt, and its own high-water mark. burnish is told the limit (`train.memory_bytes`) and plans for it; TRL has no such setting and runs at its
+defaults, which recompute layers in the backward. TRL's longest is found by bisection; burnish is asked for multiples of it (3, then
+on while probes are short, or 2 where 3 is refused), so that its figure is a step that was run, and a lower bound.
 """
 
 from __future__ import annotations
@@ -17,20 +18,18 @@ from benchmarks.sft import BATCH_ROWS, LOSS_TOLERANCE, default_rows, vocabulary_
 
 LIMIT_GB = {"full": 16.0, "lora": 4.0}
 MOST_S = 60.0  # no probe is made that is expected to take longer
-REACH = 4.0  # ours is not extrapolated further than this; TRL's may be, in its favour
 CLOSE = 0.06  # bisection ends when the bracket is this narrow
 
 
 def longest(
-    probe: Callable[[int], tuple[float, float]], limit_bytes: float, first: int, most: int, *,
-    most_s: float = MOST_S, reach: float = float("inf"),
-) -> Case:  # fmt: skip
+    probe: Callable[[int], tuple[float, float]], limit_bytes: float, first: int, most: int, *, most_s: float = MOST_S
+) -> Case:
     """The most tokens whose `probe(tokens) -> (peak bytes, seconds)` stays within the limit, by bisection.
 
     Lengths double until one does not fit, then the bracket is halved until it is narrow. A probe that is expected to take
     longer than `most_s` (as the last one per token, squared growth not counted), or longer than `most` tokens, is not
     made: then the answer is the line through the two longest probes, and `how` says so ("extrapolated"). Memory that grows
-    faster than a line makes that an upper bound; `reach` times the longest probe is the most that is claimed.
+    faster than a line makes that an upper bound.
     """
     seen: dict[int, float] = {}
     low, high, tokens = 0, 0, first
@@ -55,8 +54,25 @@ def longest(
     slope = (seen[b] - seen[a]) / (b - a)
     if slope <= 0:
         return {"tokens": low, "how": "at least", "probes": seen}
-    line = b + (limit_bytes - seen[b]) / slope
-    return {"tokens": int(min(line, reach * b)), "how": "extrapolated" if line <= reach * b else f"{reach:g} times the longest probe", "probes": seen}
+    return {"tokens": int(b + (limit_bytes - seen[b]) / slope), "how": "extrapolated", "probes": seen}
+
+
+def multiples(probe: Callable[[int], tuple[float, float]], limit_bytes: float, theirs: int, *, most_s: float = MOST_S) -> Case:
+    """The largest of 3, 6, 12, ... times `theirs` that stays within the limit, or 2 or 1 times where 3 does not; 0 where none does.
+
+    Upwards only while a probe twice as long is expected to take less than `most_s`."""
+    seen: dict[int, float] = {}
+    best, factors = 0, [3, 2, 1]
+    while factors:
+        factor = factors.pop(0)
+        peak, seconds = probe(factor * theirs)
+        seen[factor * theirs] = peak
+        if peak <= limit_bytes:
+            best = factor
+            factors = [2 * factor] if factor >= 3 and 2 * seconds <= most_s else []
+        elif factor > 3:
+            break
+    return {"tokens": best * theirs, "how": f"{best} times, which ran", "probes": seen}
 
 
 def run(session: Session) -> Iterator[Case]:
@@ -123,7 +139,7 @@ def longest_case(session: Session, mode: str, vocabulary: int, file: object) -> 
                     return done["peak_step_bytes"], done["seconds"]
 
                 losses[system] = step(first)["loss"]  # the optimiser's state is made by the first step
-                found[system] = longest(probe, limit, first, most, reach=float("inf") if system == "theirs" else REACH)
+                found[system] = longest(probe, limit, first, most) if system == "theirs" else multiples(probe, limit, max(1, found["theirs"]["tokens"]))
         case |= {"tokens": {s: f["tokens"] for s, f in found.items()}, "how": {s: f["how"] for s, f in found.items()},
                  "probes": {s: {n: b if b < float("inf") else "refused" for n, b in f["probes"].items()} for s, f in found.items()}, "limit_gb": LIMIT_GB[mode]}  # fmt: skip
         if "at least" in case["how"].values():

@@ -75,7 +75,7 @@ def loss_and_step(p: Policy, coupled: bool, device: str) -> tuple[list[torch.Ten
         made.loss.backward()
         out += [made.loss.detach(), made.logprobs]
         made.executed_flops(True)
-    out += [m.grad.cpu().clone() for m in optimiser.masters.values() if m.grad is not None]
+    out += [m.gradient.cpu().clone() for m in optimiser.masters.values()]
     before = [x.detach().cpu().clone() for x in p.trainable().values()]
     norm = optimiser.gradient_norm()
     optimiser.step(1e-3, norm)

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 from benchmarks.machine import Calibration
-from benchmarks.memory import longest
+from benchmarks.memory import longest, multiples
 from benchmarks.rollout import least_seconds
 from benchmarks.tree import SIZES, grow
 
@@ -87,6 +87,27 @@ def test_nothing_fits() -> None:
 def test_time_ends_the_search_and_the_line_is_said_to_be_one() -> None:
     found = longest(lambda tokens: (100.0 + tokens, tokens / 10), 5000.0, 64, 10_000, most_s=60)
     assert found["how"] == "extrapolated" and found["tokens"] == 4900 and max(found["probes"]) == 512  # 1,024 would take 102 s
-    near = longest(lambda tokens: (100.0 + tokens, tokens / 10), 5000.0, 64, 10_000, most_s=60, reach=4)
-    assert near["tokens"] == 2048 and near["how"] == "4 times the longest probe"
     assert longest(lambda tokens: (1.0, 50.0), 5000.0, 64, 10_000, most_s=60)["how"] == "at least"
+
+
+@pytest.mark.parametrize(
+    ("fits", "seconds", "best", "asked"),
+    [
+        (10_000, 0.01, 96, [300, 600, 1200, 2400, 4800, 9600]),  # the next is beyond what is waited for
+        (700, 0.0, 6, [300, 600, 1200]),
+        (300, 0.0, 3, [300, 600]),
+        (250, 0.0, 2, [300, 200]),
+        (100, 0.0, 1, [300, 200, 100]),
+        (99, 0.0, 0, [300, 200, 100]),
+    ],
+)
+def test_multiples_of_the_peers_longest_are_asked_until_one_is_too_long(fits: int, seconds: float, best: int, asked: list[int]) -> None:
+    seen: list[int] = []
+
+    def probe(tokens: int) -> tuple[float, float]:
+        seen.append(tokens)
+        return (1.0 if tokens <= fits else float("inf")), seconds * tokens
+
+    found = multiples(probe, 5.0, 100, most_s=100)
+    assert (found["tokens"], seen) == (100 * best, asked)
+

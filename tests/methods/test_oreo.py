@@ -132,7 +132,9 @@ def test_at_the_optimum_of_a_tree_that_is_written_out_no_residual_is_left() -> N
 def test_it_learns_what_was_right_and_a_search_can_load_the_values(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
     policy, method, metrics = train(tmp_path / "00-oreo", rows, method={"name": "oreo", "level": "step", "kl_coef": 0.1}, steps=30, batch_rows=12, learning_rate=1e-3)
-    assert metrics[-1]["value_loss"] < 0.3 * metrics[0]["value_loss"] and metrics[-1]["loss"] < 0.3 * metrics[0]["loss"]
+    for name in ("value_loss", "loss"):  # of single batches: means of ten
+        curve = [row[name] for row in metrics]
+        assert sum(curve[-10:]) < 0.3 * sum(curve[:10]), name
     work = next(iter(method.batches(0)))
     wanted = method.critic.values(policy, work.batch).before
     (tmp_path / "critic").mkdir()

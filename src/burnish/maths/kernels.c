@@ -345,3 +345,21 @@ void few_rows_##S(const T *x, int64_t n, int64_t in, int64_t parts, const T *con
     free(wide); \
 }
 EACH_TYPE(FEW_ROWS)
+
+/* One AdamW step (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2) of a float32 master that is kept as the bfloat16 weight nearest
+   to it, `high`, and the signed 16 bits `low` by which their bit patterns differ. `divide` clips the gradient; c1 and c2 are
+   1 - beta1^t and sqrt(1 - beta2^t). All [n]. */
+void adamw_bf16(bf16 *high, int16_t *low, const float *gradient, float *first, float *second, int64_t n, float rate, float beta1, float beta2,
+                float epsilon, float decay, float c1, float c2, float divide) {
+    float keep = 1.0f - rate * decay, pace = rate / c1;
+    _Pragma("omp parallel for schedule(static)")
+    for (int64_t j = 0; j < n; j++) {
+        float g = gradient[j] / divide, m = first[j], v = second[j];
+        int32_t b = (int32_t)((uint32_t)high[j] << 16) + low[j]; float w; memcpy(&w, &b, 4);
+        m += (g - m) * (1.0f - beta1); v = v * beta2 + (1.0f - beta2) * g * g;
+        first[j] = m; second[j] = v;
+        w = w * keep - pace * m / (sqrtf(v) / c2 + epsilon);
+        memcpy(&b, &w, 4);
+        int32_t h = (b + 0x8000) >> 16; /* half away from zero: then what is left always fits */
+        high[j] = (bf16)h; low[j] = (int16_t)(b - (h << 16)); }
+}

@@ -34,6 +34,7 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_ONLY = {"draw": "f32", "adamw": "bf16"}  # sampling is in float32; a master in two parts is a bf16 weight's
 FEW = 4  # rows of `few_rows`
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -46,6 +47,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gate": (_POINTER, _POINTER, _INT, ctypes.c_int, _POINTER),
     "gate_backward": (_POINTER, _POINTER, _POINTER, _INT, ctypes.c_int, _POINTER, _POINTER),
     "few_rows": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER),
+    "adamw": (*(_POINTER,) * 5, _INT, *(_FLOAT,) * 8),
     "draw": (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _POINTER),
     "decode": (
         *(_POINTER, _POINTER, _FLOAT, ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
@@ -58,6 +60,18 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def halves(master: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as the bf16 one nearest to it (a tie goes away from zero) and the int16 by which their bits differ."""
+    bits = master.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def whole(high: Tensor, low: Tensor) -> Tensor:
+    """The inverse of `halves`."""
+    return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+
 class Kernels:
     """The library for one dtype. Tensors must be contiguous, on the CPU, and of that dtype unless said otherwise."""
 
@@ -65,7 +79,7 @@ class Kernels:
         self.dtype = dtype
         self._run: dict[str, Any] = {}
         for name, signature in _SIGNATURES.items():
-            function = getattr(library, f"{name}_{'f32' if name == 'draw' else _SUFFIX[dtype]}")  # sampling is always in float32
+            function = getattr(library, f"{name}_{_ONLY.get(name, _SUFFIX[dtype])}")
             function.argtypes, function.restype = signature, None
             self._run[name] = function
 
@@ -144,6 +158,18 @@ class Kernels:
 
         run.__dict__["holds"] = kept, list(biases)
         return run
+
+    def adamw(
+        self, high: Tensor, low: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, betas: tuple[float, float],
+        epsilon: float, decay: float, divide: float,
+    ) -> None:  # fmt: skip
+        """Step `step` (the first is 1) of AdamW on a master in two parts (`halves`): bf16 and int16, of one shape with the gradient,
+        which is divided by `divide`, and the moments, all float32 and changed in place."""
+        c1, c2 = 1.0 - betas[0] ** step, (1.0 - betas[1] ** step) ** 0.5
+        self._run["adamw"](
+            high.data_ptr(), low.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), high.numel(), rate, *betas,
+            epsilon, decay, c1, c2, divide,
+        )  # fmt: skip
 
     def draw(self, z: Tensor, row: Tensor, key: Tensor, position: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """tokens [m] = argmax of z[row] / temperature + Gumbel noise of (key, position, lane), and their log-probabilities
@@ -288,6 +314,13 @@ def _agrees(kernels: Kernels, dtype: torch.dtype) -> list[bool]:
     plain = z.float()
     token, logprob = kernels.draw(plain, torch.tensor([0, 2, 2, 4]), torch.arange(4), torch.full((4,), 7), 0.7)
     agree += [close(logprob, plain.log_softmax(-1)[torch.tensor([0, 2, 2, 4]), token])]
+    weight, gradient = plain + 1e-3, plain.flip(0)
+    high, low = halves(weight)
+    first, second = torch.rand(2, *weight.shape, generator=generator)
+    m, v = first + (gradient / 2 - first) * 0.2, 0.9 * second + 0.1 * (gradient / 2) ** 2
+    want = 0.98 * weight - 0.1 / (1 - 0.8**3) * m / ((v / (1 - 0.9**3)).sqrt() + 1e-6)
+    kernels.adamw(high, low, gradient, first, second, step=3, rate=0.1, betas=(0.8, 0.9), epsilon=1e-6, decay=0.2, divide=2.0)
+    agree += [bool(torch.allclose(x, y, rtol=1e-5, atol=1e-6)) for x, y in ((whole(high, low), want), (first, m), (second, v))]
     qkv, keys, values = random(3, 8 * 16), random(4, 2, 9, 16), random(4, 2, 9, 16)
     length = torch.tensor([0, 4, 8])
     q, k, v = qkv.clone().view(3, 8, 16).split([4, 2, 2], 1)

@@ -58,9 +58,8 @@ class Holdings:
     @staticmethod
     def of(policy: Policy, optimiser: Optimiser) -> Holdings:
         """Sizes of what a policy and its optimiser hold. A tied or shared tensor counts once."""
-        working = list(optimiser.working.values())
-        masters = [m for m in optimiser.masters.values() if not any(m is w for w in working)]
-        gradients = [x.grad for x in (*working, *masters) if x.grad is not None]
+        masters = [kept for m in optimiser.masters.values() if (kept := m.beside()) is not None]
+        gradients = [m.gradient for m in optimiser.masters.values()]
         wanted = optimiser.moments_bytes
         return Holdings(
             weights=bytes_of([*policy.model.parameters(), *policy.model.buffers()]), masters=bytes_of(masters),

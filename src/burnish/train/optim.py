@@ -1,13 +1,13 @@
-"""Fused AdamW over fp32 masters. The only place that steps an optimiser and bumps the policy's version.
+"""AdamW over fp32 masters. The only place that steps an optimiser and bumps the policy's version.
 
-Working weights in fp32 are their own masters. Working weights in bf16 have fp32 masters beside them, and every
-micro-batch's gradient is added to the master's in fp32 as soon as it is complete (a hook), because 20 steps of 1e-3 from
-1.0 round away entirely in bf16.
+Working weights in fp32 are their own masters. Working weights in bf16 have fp32 masters, and every micro-batch's gradient is
+added to the master's in fp32 as soon as it is complete (a hook), because 20 steps of 1e-3 from 1.0 round away entirely in
+bf16. `masters.py` says how a master is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import ConfigError, StorageError
 from burnish.models.policy import Policy
+from burnish.train.masters import Master, Stepper, steppers
 
 BESIDE = "beside/"  # before the names of what is trained beside the policy
 
@@ -54,30 +55,23 @@ class Optimiser:
             raise ConfigError("nothing to train: no parameter requires a gradient", where="train")
         other = {f"{BESIDE}{n}": p for n, p in beside.parameters.items()} if beside else {}
         self.working = own | other
-        self.masters: dict[str, Tensor] = {}
+        self.masters: dict[str, Master] = {}
         self._hooks: list[Any] = []
         self._sparse: list[torch.nn.Embedding] = []
         for name, parameter in self.working.items():
             if parameter.device.type == "cpu":
                 # loaded weights lie in their file's pages, which the first write would copy one by one (six times as long)
                 parameter.data = parameter.data.clone()
-            if parameter.dtype in (torch.float32, torch.float64):
-                master: Tensor = parameter
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                master = parameter.detach().float()  # a copy: it is in half precision
-                master.grad = torch.zeros_like(master)
+            master = self.masters[name] = Master.of(parameter)
+            if master.tensor is not parameter:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_into(master)))
-            self.masters[name] = master
         self._share()
 
-        def adamw(masters: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
-            matrices, vectors = [m for m in masters if m.ndim >= 2], [m for m in masters if m.ndim < 2]
-            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-            return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, fused=True)
+        def made(names: Mapping[str, Any], rate: float) -> list[Stepper]:
+            wanted = [self.masters[n] for n in names]
+            return steppers(wanted, rate=rate, betas=(adam_beta1, adam_beta2), epsilon=adam_epsilon, decay=weight_decay)
 
-        self.optim = adamw([self.masters[n] for n in own], learning_rate)
-        self.beside = adamw([self.masters[n] for n in other], beside.learning_rate) if beside else None
+        self.own, self.other = made(own, learning_rate), made(other, beside.learning_rate if beside else 0.0)
         self.beside_share = beside.learning_rate / learning_rate if beside and learning_rate else 0.0
 
     def _share(self) -> None:
@@ -86,7 +80,7 @@ class Optimiser:
         The head adds its own to the buffer, and the embedding's comes as the rows that were read: without this a step
         holds two or three more tensors of vocabulary times hidden.
         """
-        self.policy.sinks = {p: _gradient(self.masters[name]) for name, p in self.working.items() if p.ndim == 2}
+        self.policy.sinks = {p: self.masters[name].gradient for name, p in self.working.items() if p.ndim == 2}
         embedding = self.policy.base.get_input_embeddings()
         plain = isinstance(embedding, torch.nn.Embedding) and embedding.max_norm is None and not embedding.scale_grad_by_freq
         if plain and embedding.weight in self.policy.sinks and not embedding.sparse:
@@ -97,59 +91,56 @@ class Optimiser:
         """Clear gradients in place: a fresh buffer costs more in page faults than the zeroing itself."""
         with torch.no_grad():
             for master in self.masters.values():
-                _gradient(master).zero_()
+                master.gradient.zero_()
+
+    def _norm(self, *, beside: bool) -> Tensor:
+        gradients = [master.gradient for name, master in self.masters.items() if name.startswith(BESIDE) == beside]
+        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
 
     def gradient_norm(self) -> Tensor:
         """The global 2-norm over the policy's masters' gradients; not finite where one of what is beside it is not."""
-        norm = _norm(self.optim)
-        return norm if self.beside is None else norm + 0.0 * _norm(self.beside)
+        norm = self._norm(beside=False)
+        return norm + 0.0 * self._norm(beside=True) if self.other else norm
 
     def step(self, rate: float, norm: Tensor, *, policy_moves: bool = True) -> None:
         """Clip by the given norm, step at learning rate `rate`, refresh the working copies, bump the version.
 
         With `policy_moves` False only what is beside the policy steps: weights, moments and version of the policy stay.
         """
-        steps = [(self.optim, norm, rate)] if policy_moves else []
-        if self.beside is not None:
-            steps.append((self.beside, _norm(self.beside), rate * self.beside_share))
-        for optim, length, at in steps:
-            if self.clip_norm is not None:
-                # the fused step divides by it as it reads the gradients: no pass over them of its own
-                optim.grad_scale = ((length + 1e-6) / self.clip_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
-            for group in optim.param_groups:
-                group["lr"] = at
-            optim.step()
+        steps = [(self.own, norm, rate)] if policy_moves else []
+        if self.other:
+            steps.append((self.other, self._norm(beside=True), rate * self.beside_share))
+        for each, length, at in steps:
+            # the step divides by it as it reads the gradients: no pass over them of its own
+            divide = None if self.clip_norm is None else ((length + 1e-6) / self.clip_norm).clamp(min=1.0).float()
+            for stepper in each:
+                stepper.step(at, divide)
         self.refresh(policy_moves)
 
     def refresh(self, policy_moves: bool = True) -> None:
         """Working copies from masters; the policy, if it moved, is a new version."""
-        self._follow()
+        for master in self.masters.values():
+            master.follow()
         self.policy.version += policy_moves
-
-    def _follow(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.working.items():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
 
     # ---- for a method that makes its own step
 
     def gradient(self) -> Tensor:
         """The masters' gradients, flat."""
-        return torch.cat([_gradient(master).reshape(-1) for master in self.masters.values()])
+        return torch.cat([master.gradient.reshape(-1) for master in self.masters.values()])
 
     def weights(self) -> Tensor:
         """A copy of the masters, flat, in the order of `working`."""
-        return torch.cat([master.detach().reshape(-1) for master in self.masters.values()])
+        return torch.cat([master.read().reshape(-1) for master in self.masters.values()])
 
     def place(self, flat: Tensor) -> None:
         """Set the weights, on trial: the version stays until `refresh`."""
         at = 0
-        with torch.no_grad():
-            for master in self.masters.values():
-                master.copy_(flat[at : at + master.numel()].view_as(master))
-                at += master.numel()
-        self._follow()
+        for master in self.masters.values():
+            count = master.working.numel()
+            master.write(flat[at : at + count].view_as(master.working))
+            at += count
 
     @contextmanager
     def dense_embedding(self) -> Iterator[None]:
@@ -165,23 +156,18 @@ class Optimiser:
     @property
     def moments_bytes(self) -> int:
         """What the two moments take once the first step has made them."""
-        return sum(2 * m.numel() * m.element_size() for m in self.masters.values())
+        return sum(2 * m.gradient.numel() * m.gradient.element_size() for m in self.masters.values())
 
     def moments(self) -> list[Tensor]:
         """The moments that exist."""
-        both = [self.optim] if self.beside is None else [self.optim, self.beside]
-        return [x for optim in both for state in optim.state.values() for key, x in state.items() if key != "step"]
-
-    def _state(self, name: str) -> Any:
-        """The torch optimiser that steps a master by this name: its states by master."""
-        return self.beside.state if self.beside is not None and name.startswith(BESIDE) else self.optim.state
+        return [x for stepper in (*self.own, *self.other) for x in stepper.moments()]
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resume needs, by name: master/, exp_avg/, exp_avg_sq/, step/."""
         out: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            out[f"master/{name}"] = master.detach()
-            for key, value in self._state(name).get(master, {}).items():
+            out[f"master/{name}"] = master.read()
+            for key, value in master.state().items():
                 out[f"{key}/{name}"] = value
         return out
 
@@ -190,20 +176,19 @@ class Optimiser:
         wanted = {f"master/{n}" for n in self.masters}
         if missing := sorted(wanted - set(tensors)):
             raise StorageError(f"lacks {missing[0]} and {len(missing) - 1} more of {len(wanted)} tensors", where="checkpoint")
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(tensors[f"master/{name}"])
-                state = {k: tensors[f"{k}/{name}"].to(master.device, copy=True) for k in ("exp_avg", "exp_avg_sq", "step") if f"{k}/{name}" in tensors}
-                if state:
-                    self._state(name)[master] = state
+        for name, master in self.masters.items():
+            master.write(tensors[f"master/{name}"])
+            state = {k: tensors[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq", "step") if f"{k}/{name}" in tensors}
+            if state:
+                master.state().update({k: x.to(master.working.device, copy=True) for k, x in state.items()})
         self.refresh()
 
     def restart(self, weights: Mapping[str, Tensor]) -> None:
         """The policy begins again from these weights, by the names of `working`, without moments."""
-        with torch.no_grad():
-            for name, weight in weights.items():
-                self.masters[name].copy_(weight)
-        self.optim.state.clear()
+        for name, weight in weights.items():
+            self.masters[name].write(weight)
+        for stepper in self.own:
+            stepper.forget()
         self.refresh()
 
     def close(self) -> None:
@@ -217,25 +202,15 @@ class Optimiser:
             parameter.grad = None
 
 
-def _into(master: Tensor) -> Any:
+def _into(master: Master) -> Any:
     def hook(parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is None:  # all of it went to the buffer already
             return
         if grad.is_sparse:
-            _gradient(master).index_add_(0, grad._indices()[0], grad._values().float())
+            master.gradient.index_add_(0, grad._indices()[0], grad._values().float())
         else:
-            _gradient(master).add_(grad)
+            master.gradient.add_(grad)
         parameter.grad = None
 
     return hook
-
-
-def _norm(optim: torch.optim.AdamW) -> Tensor:
-    norms = torch._foreach_norm([m.grad for group in optim.param_groups for m in group["params"]])  # pyright: ignore[reportPrivateImportUsage]
-    return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
-
-
-def _gradient(master: Tensor) -> Tensor:
-    assert master.grad is not None
-    return master.grad
