@@ -21,6 +21,7 @@ from burnish.config.load import load
 from burnish.config.provenance import Resolved, write
 from burnish.core.errors import CompleteError, ConfigError, Interrupted
 from burnish.core.ledger import Ledger
+from burnish.core.machine import return_freed_heap
 from burnish.core.records import Spend
 from burnish.core.runs import RunFolder, StageFolder, read_json, write_atomic, write_json
 from burnish.core.stop import Stop
@@ -278,9 +279,10 @@ class _Work:
             self.progress.say(f"exported to {folder.model} in {time.perf_counter() - begin:.1f} s")
         # what is judged is what was written, adapter merged: also when nothing was interrupted, so that a resume cannot differ
         about |= read_json(folder.model / "manifest.json")["stage"]
-        policy = self._load(folder.model)
+        judged = any(stage.evaluate is None or judge.name in stage.evaluate for judge in self.judges)
+        return_freed_heap()
         about["output"] = weights_sha256(folder.model)
-        self._judge(folder, policy, stage.evaluate, about)
+        self._judge(folder, self._load(folder.model) if judged else policy, stage.evaluate, about)
         return "complete" if not (about["stopped_by"] or "").startswith("budget: run") else "stopped by budget"
 
     def _over_budget(self, built: Built, state: State, row: Mapping[str, Any]) -> str | None:

@@ -70,18 +70,21 @@ def test_a_master_in_two_parts_steps_as_torchs_fused_adamw_does(monkeypatch: pyt
 
 
 @needs_kernels
-def test_what_one_kind_of_master_saved_the_other_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("split", [True, False])
+def test_what_one_kind_of_master_saved_the_other_continues(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = made(True, monkeypatch)
     stepped(straight, 0, 6)
-    first = made(False, monkeypatch)
+    first = made(split, monkeypatch)
     stepped(first, 0, 3)
 
     def load(masters: list[Master]) -> None:
         for m, other in zip(masters, first):
-            m.write(other.read())
+            numbers = Master.joined(other.parts())
+            assert numbers is not None
+            m.write(numbers)
             m.state().update({k: x.clone() for k, x in other.state().items()})
 
-    second = made(True, monkeypatch)
+    second = made(not split, monkeypatch)
     stepped(second, 3, 3, seen=load)
     for a, b in zip(straight, second):
         torch.testing.assert_close(a.read(), b.read(), rtol=1e-6, atol=1e-7)

@@ -147,7 +147,9 @@ def test_what_is_beside_the_policy_has_its_own_rate_its_own_clip_and_can_step_al
     for n, p in policy.trainable().items():
         assert torch.allclose(p, before[n] - 5e-4, rtol=1e-3, atol=1e-6)
     kept = {n: t.clone() for n, t in optimiser.tensors().items()}
-    assert {n for n in kept if "beside/" in n} == {f"{k}/beside/{n}" for k in ("master", "exp_avg", "exp_avg_sq", "step") for n in beside}
+    wanted = {f"{k}/beside/{n}" for k in ("exp_avg", "exp_avg_sq", "step") for n in beside} | {"master/beside/w"}
+    wanted |= {f"{k}/beside/b" for k in optimiser.masters["beside/b"].parts()}  # bf16: two parts, where there are kernels
+    assert {n for n in kept if "beside/" in n} == wanted
     other = {n: torch.nn.Parameter(torch.ones_like(p)) for n, p in beside.items()}
     again = made(tiny(tmp_path, torch.float32), other)
     again.load(kept)

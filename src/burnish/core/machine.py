@@ -42,6 +42,14 @@ def return_freed_memory() -> None:
         return  # another C library: freed memory is kept or returned as it sees fit
 
 
+def return_freed_heap() -> None:
+    """Give back what is free in glibc's heap now: after a training stage that is its activations, in pieces."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 @contextmanager
 def uncollected() -> Generator[None]:
     """Without cyclic garbage collection: imports and vocabularies make millions of objects that stay, and looking through them again

@@ -9,7 +9,7 @@ refresh it (docs/decisions/0006).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from burnish.maths.kernels import Kernels, halves, kernels_for, whole
+
+PARTS = ("master", "high", "low")  # of a master in a checkpoint
+STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(eq=False)
@@ -48,6 +51,17 @@ class Master:
     def read(self) -> Tensor:
         """The master's numbers; its own memory where it has some."""
         return whole(self.working.detach(), self.rest) if self.rest is not None else self.tensor.detach()  # type: ignore[union-attr]
+
+    def parts(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, without a copy: the master, or the two parts of one."""
+        return {"high": self.working.detach(), "low": self.rest} if self.rest is not None else {"master": self.read()}
+
+    @staticmethod
+    def joined(parts: Mapping[str, Tensor]) -> Tensor | None:
+        """The numbers that `parts` of either kind stand for; None where they are not all there."""
+        if "low" in parts and "high" in parts:
+            return whole(parts["high"], parts["low"])
+        return parts.get("master")
 
     def write(self, numbers: Tensor) -> None:
         """Set master and working weight."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import ConfigError, StorageError
 from burnish.models.policy import Policy
-from burnish.train.masters import Master, Stepper, steppers
+from burnish.train.masters import PARTS, STATE, Master, Stepper, steppers
 
 BESIDE = "beside/"  # before the names of what is trained beside the policy
 
@@ -163,22 +163,19 @@ class Optimiser:
         return [x for stepper in (*self.own, *self.other) for x in stepper.moments()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs, by name: master/, exp_avg/, exp_avg_sq/, step/."""
-        out: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            out[f"master/{name}"] = master.read()
-            for key, value in master.state().items():
-                out[f"{key}/{name}"] = value
-        return out
+        """Everything a resume needs, by name: master/ (or its parts: high/, low/), exp_avg/, exp_avg_sq/, step/."""
+        return {f"{key}/{name}": x for name, master in self.masters.items() for key, x in (master.parts() | master.state()).items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `tensors`. Raises StorageError when names or shapes do not fit."""
-        wanted = {f"master/{n}" for n in self.masters}
-        if missing := sorted(wanted - set(tensors)):
-            raise StorageError(f"lacks {missing[0]} and {len(missing) - 1} more of {len(wanted)} tensors", where="checkpoint")
+        there = {name: {k: tensors[f"{k}/{name}"] for k in (*PARTS, *STATE) if f"{k}/{name}" in tensors} for name in self.masters}
+        if missing := sorted(name for name, found in there.items() if Master.joined(found) is None):
+            raise StorageError(f"lacks master/{missing[0]} and {len(missing) - 1} more of {len(there)} tensors", where="checkpoint")
         for name, master in self.masters.items():
-            master.write(tensors[f"master/{name}"])
-            state = {k: tensors[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq", "step") if f"{k}/{name}" in tensors}
+            numbers = Master.joined(there[name])
+            assert numbers is not None
+            master.write(numbers)
+            state = {k: x for k, x in there[name].items() if k in STATE}
             if state:
                 master.state().update({k: x.to(master.working.device, copy=True) for k, x in state.items()})
         self.refresh()
