@@ -71,9 +71,9 @@ def child(what: str, recipe: str, model: str, threads: int, cpu_time: bool, runs
     torch.set_num_threads(threads)
     if cpu_time:
         time.perf_counter = time.process_time
-    from burnish.build import gflops
     from burnish.core.machine import resident_bytes
     from burnish.estimate import estimate, import_everything
+    from burnish.machine import gflops
 
     import_everything(model)
     if what == "estimate":

@@ -18,7 +18,7 @@ from tests.test_tables import TABLES, written
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "burnish"
 LAYERS = """
 core | sandbox, answers, config, maths | forest, report | data, models | engines, train | environments | rewards
-     | search, compress, merge, edit | evals | methods | synthesis | build | pipeline | estimate | api | serve, cli | __main__
+     | search, compress, merge, edit | evals | methods | synthesis | material, machine | build | judges, miniature | pipeline | estimate | api | serve, cli | __main__
 """
 RANK = {name.strip(): rank for rank, names in enumerate(LAYERS.split("|")) for name in names.split(",")}
 ROW_KEYS = {"step", "kind"}  # which row of metrics it is

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from burnish import estimate as module
+from burnish import miniature
 from burnish.build import build_stage
 from burnish.cli import invoke
 from burnish.config.load import load
@@ -91,14 +92,14 @@ def test_the_miniature_changes_no_weight(folder: Path) -> None:
     recipe = load(folder / "r.yaml", ()).recipe
     policy = load_policy(recipe.model, dtype="float32")
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
-    taken = module._steps(build_stage(recipe, recipe.stages[0], policy), policy)
+    taken = miniature.few_steps(build_stage(recipe, recipe.stages[0], policy), policy)
     assert taken.flops > 0 and taken.holdings.moments_to_come == 0  # real steps were taken
     assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
     assert not any(p.grad is not None for p in policy.model.parameters())
 
 
 def test_a_long_batch_is_cut_and_the_rest_is_reckoned(folder: Path, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROBE_S", 1e-4)
+    monkeypatch.setattr(miniature, "PROBE_S", 1e-4)
     short = estimate(folder / "r.yaml")
     a, b = (phases(f["stages"][1])["train"] for f in (found, short))
     assert a["tokens"] == b["tokens"] and a["useful_flops"] == b["useful_flops"]
@@ -178,7 +179,7 @@ def test_a_stage_that_draws_takes_what_its_miniature_says(
 ) -> None:
     """Tokens within 30 % of a run's and time within a factor of 2; a machine that others use too is asked up to three times."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "PROBE_S", 1.0)
+    monkeypatch.setattr(miniature, "PROBE_S", 1.0)
     for attempt in range(3):
         name = f"try-{attempt}"
         Path("r.yaml").write_text(DRAWING.format(name=name, method=method), encoding="utf-8")
@@ -201,7 +202,7 @@ def test_a_stage_that_draws_takes_what_its_miniature_says(
 
 def test_a_budget_ends_the_estimate_where_it_ends_the_stage_and_no_weight_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "PROBE_S", 0.2)
+    monkeypatch.setattr(miniature, "PROBE_S", 0.2)
     Path("r.yaml").write_text(DRAWING.format(name="b", method="dapo"), encoding="utf-8")
     policies: list[Any] = []
     load = module.load_policy
@@ -222,7 +223,7 @@ def test_a_budget_ends_the_estimate_where_it_ends_the_stage_and_no_weight_moves(
 
 def test_completions_are_as_long_as_what_an_earlier_stage_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "PROBE_S", 0.2)
+    monkeypatch.setattr(miniature, "PROBE_S", 0.2)
     text = DRAWING.format(name="t", method="dapo").replace(
         "stages:\n",
         "stages:\n  - {name: sft, method: sft, data: {task: sums, levels: [4, 5], rows: 64}, train: {steps: 1, batch_rows: 8, learning_rate: 1.0e-5}}\n",
@@ -240,7 +241,7 @@ def test_completions_are_as_long_as_what_an_earlier_stage_teaches(tmp_path: Path
 
 def test_what_cannot_be_tried_in_miniature_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "PROBE_S", 0.2)
+    monkeypatch.setattr(miniature, "PROBE_S", 0.2)
     Path("r.yaml").write_text(DRAWING.format(name="c", method="dapo").replace("rewards: task", "rewards: {name: length_cap, cap: 1000}"), encoding="utf-8")
     with pytest.raises(MachineError, match=r"stage 'rl' cannot be tried.*no completion of the miniature has a gradient"):
         estimate("r.yaml")
@@ -260,7 +261,7 @@ def test_what_cannot_be_tried_in_miniature_is_refused(tmp_path: Path, monkeypatc
 def test_methods_with_more_than_a_policy_are_tried_too(method: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A critic, a refill, given tokens, a step of its own, gold completions, values before the first round; no weight moves."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    monkeypatch.setattr(miniature, "PROBE_S", 0.1)
     policies: list[Any] = []
     load = module.load_policy
     monkeypatch.setattr(module, "load_policy", lambda *given, **named: policies.append(load(*given, **named)) or policies[-1])
@@ -275,7 +276,7 @@ def test_methods_with_more_than_a_policy_are_tried_too(method: str, more: list[s
 
 def test_a_stage_of_stored_completions_is_tried_with_its_critic_and_its_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "PROBE_S", 0.01)  # a part of a batch is all that is tried
+    monkeypatch.setattr(miniature, "PROBE_S", 0.01)  # a part of a batch is all that is tried
     rows = [json.dumps({"prompt": f"{i}+1", "completion": f"{i} and 1\n#### {i + 1}", "reward": i % 2}) for i in range(64)]
     Path("rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     Path("r.yaml").write_text(

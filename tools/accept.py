@@ -35,7 +35,7 @@ def line(name: str, ok: bool | None, measured: str) -> None:
 
 def gflops() -> float:
     """This machine now, fp32, two threads."""
-    code = "import torch; torch.set_num_threads(2)\nfrom burnish.build import gflops\nprint(gflops(torch.float32, seconds=1.0))"
+    code = "import torch; torch.set_num_threads(2)\nfrom burnish.machine import gflops\nprint(gflops(torch.float32, seconds=1.0))"
     return float(subprocess.run([BIN / "python", "-c", code], capture_output=True, text=True, check=True).stdout)
 
 

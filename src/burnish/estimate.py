@@ -14,28 +14,24 @@ from __future__ import annotations
 import gc
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from burnish.build import Built, HeldOut, Questions, build_stage, gflops, judges
+from burnish import miniature
+from burnish.build import Built, build_stage
 from burnish.config.check import check
 from burnish.config.contradictions import draws
 from burnish.config.load import load
 from burnish.config.schema import Budget, Recipe, Rollouts, Stage
-from burnish.core.errors import DataError, MachineError
-from burnish.core.ledger import forward_flops, train_flops
-from burnish.core.machine import peak_resident_bytes, resident_bytes
+from burnish.core.errors import MachineError
+from burnish.core.ledger import forward_flops
+from burnish.core.machine import resident_bytes
 from burnish.core.records import ModelShape, Spend
-from burnish.core.runs import StageFolder, file_sha256
 from burnish.core.seeds import derive
 from burnish.core.table import describe_row, load_row
 from burnish.data.tasks.base import Item, Task, items
@@ -43,21 +39,16 @@ from burnish.engines.local.arena import KEYS_STEP, Arena
 from burnish.engines.local.engine import LocalEngine
 from burnish.engines.local.rollout import MEMBERS_PER_ROW
 from burnish.evals.accuracy import deciding, prompts_of
-from burnish.forest.pack import Batch, Micro
+from burnish.judges import HeldOut, Questions, judges
+from burnish.machine import gflops
+from burnish.miniature import Taken, count_stage, few_steps, peak_since, second_a_byte, two_rounds
 from burnish.models.load import load_policy, resolve
 from burnish.models.policy import Policy
 from burnish.search.base import strategy
-from burnish.train.activations import measure
-from burnish.train.loop import State, one_step, trial
-from burnish.train.memory import Holdings, Memory, Plan, bytes_of
-from burnish.train.method import Work
-from burnish.train.optim import Optimiser
+from burnish.train.memory import bytes_of
 
 Say = Callable[[str], None]
-PROBE_S = 4.0  # about what one phase's miniature may take
-BATCHES = 100  # optimiser batches that are counted one by one; a longer stage is as these were
 TOKEN_BYTES = 24 + 8 + 8 + 28  # of one sampled token in a trajectory: a float, two places in tuples, an int
-CHECKPOINT_PROBE = 32 << 20
 
 
 @dataclass
@@ -201,8 +192,8 @@ class _Dry:
             found.phases += drawn.phases
             rate = taken.flops / max(taken.seconds, 1e-9)
         else:
-            taken = _steps(built, policy)
-            count, work = _counted(built, taken.plan, shape)
+            taken = few_steps(built, policy)
+            count, work = count_stage(built, taken.plan, shape)
             # the miniature's steps, less what they would take without a token: the moments are updated as often as ever
             rate = taken.flops / max(taken.seconds - taken.fixed_s, 1e-9)
             waste = taken.flops / taken.useful
@@ -217,7 +208,7 @@ class _Dry:
             found.phases.append(self._forward("validation", validation, shape, passes, rate))
         saves = 1 if not train.checkpoint_every else steps // train.checkpoint_every + (steps % train.checkpoint_every > 0)
         written = saves * taken.checkpoint_bytes + taken.model_bytes
-        found.phases.append(Phase("save", written * _second_a_byte()))
+        found.phases.append(Phase("save", written * second_a_byte()))
         found.phases.append(Phase("load", self.load_s))
         names = built.stage.evaluate
         for judge in every:
@@ -272,7 +263,7 @@ class _Dry:
         per_round = 2 if by_rounds else rollouts.updates * rollouts.passes
         few = min(prompts, 2 * rollouts.updates)
 
-        def miniature(asked: int, limit: int) -> Built:
+        def smaller(asked: int, limit: int) -> Built:
             cushion = rollouts.overlong_cushion and min(limit, rollouts.overlong_cushion)
             block = rollouts.model_copy(update={"max_new_tokens": limit, "overlong_cushion": cushion, "curriculum": None, "screen": None})
             train = stage.train.model_copy(update={"steps": 2 * per_round, "epochs": None, "learning_rate": 0.0})
@@ -288,17 +279,17 @@ class _Dry:
             return build_stage(self.recipe, stage.model_copy(update={"rollouts": block, "critic": critic, "train": train, "method": choice, "budget": Budget()}), policy)
 
         def rate(asked: int, limit: int) -> float:
-            rounds = miniature(asked, limit).method.rounds
+            rounds = smaller(asked, limit).method.rounds
             rounds.sample = None  # a critic that prunes is not there before the stage starts
             begin = time.perf_counter()
             return rounds.draw(policy, 0).spend.sampled_tokens / (time.perf_counter() - begin)
 
         rate(few, min(most, 8))  # the first product of a shape is slow
-        affordable = 4 * PROBE_S * rate(few, min(most, 8))
+        affordable = 4 * miniature.PROBE_S * rate(few, min(most, 8))
         asked = int(min(prompts, max(few, affordable // (rollouts.group_size * most))))
         asked = max(rollouts.updates, asked // rollouts.updates * rollouts.updates)
         limit = int(min(most, max(8, affordable // (rollouts.group_size * asked))))
-        mini = _two_rounds(miniature(asked, limit), policy, per_round)
+        mini = two_rounds(smaller(asked, limit), policy, per_round)
         known = limit == most
         length, why = (mini.length, "as the model's own before the stages") if known else (float(most), "every one as long as it may be")
         taught = next((s for b in before for s in b.stage.data if s.task in {o.task for o in stage.data} and s.task is not None), None)
@@ -383,7 +374,7 @@ class _Dry:
             part = replace(judge, asked=judge.asked[:questions], validation=(), judged=judged.model_copy(update={"max_new_tokens": limit}))
             gc.collect()
             before, begin = resident_bytes(), time.perf_counter()
-            with _peak() as peak:
+            with peak_since() as peak:
                 result = part(policy, "base", lambda done, note="": None, lambda: None)
             return Spend(**result["spend"]), time.perf_counter() - begin, max(0, peak() - before)
 
@@ -392,7 +383,7 @@ class _Dry:
         answer(few, short)  # the first product of a shape is slow
         spend, took, _ = answer(few, short)
         # many rows at once are several times as fast as a few, and most answers end early
-        affordable = 4 * PROBE_S * spend.sampled_tokens / took
+        affordable = 4 * miniature.PROBE_S * spend.sampled_tokens / took
         questions = int(max(few, min(n, affordable // (each * most))))
         limit = int(min(most, max(short, affordable // (each * questions))))
         spend, took, grows = answer(questions, limit)
@@ -454,275 +445,13 @@ class _Decoded:
     grows: int
 
 
-@contextmanager
-def _peak() -> Iterator[Callable[[], int]]:
-    """The most resident memory from here on; where the system keeps only the process's peak, that."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def most() -> int:
-        try:
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-        except (OSError, StopIteration):
-            return peak_resident_bytes()
-
-    yield most
-
-
-# ---- training in miniature ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Counted:
-    tokens: int
-    useful_flops: int
-
-
-@dataclass
-class _Taken:
-    """Steps of the real loop at a learning rate of 0. seconds: of one; fixed_s: of one without tokens."""
-
-    plan: Plan
-    seconds: float
-    fixed_s: float
-    flops: int
-    useful: int
-    holdings: Holdings
-    largest: tuple[int, int]
-    grown: int
-    held: int
-    tracked: int
-    tracked_activations: int
-    activations: Callable[[tuple[int, int]], int]
-    checkpoint_bytes: int
-    model_bytes: int
-
-
-def _largest(micros: Sequence[Micro], peak: Callable[[tuple[int, int]], int]) -> tuple[int, int]:
-    """(tokens, head rows) of the micro-batch that holds most."""
-    return max(((len(m.stream.tokens), len(m.view.label)) for m in micros), key=peak)
-
-
-def _steps(built: Built, policy: Policy) -> _Taken:
-    method, train = built.method, built.stage.train.model_copy(update={"learning_rate": 0.0})
-    memory, shape = built.memory({}), policy.shape
-    work: Work = next(iter(method.batches(0)))
-    before = resident_bytes()
-    with _peak() as peak, tempfile.TemporaryDirectory() as folder:
-        method.start(policy, StageFolder(Path(folder)), lambda: None)
-        optimiser = Optimiser(
-            policy, learning_rate=0.0, adam_beta1=train.adam_beta1, adam_beta2=train.adam_beta2, adam_epsilon=train.adam_epsilon,
-            weight_decay=train.weight_decay, clip_norm=train.clip_norm, beside=method.beside(0.0),
-        )  # fmt: skip
-        state = State()
-        rate = gflops(policy.dtype, size=512, seconds=0.05) * 1e9 * 0.4  # of a product, at first guess
-        flops = _useful(work, shape)
-        share = min(1.0, PROBE_S / 3 * rate / flops)
-        part = work if share == 1.0 else _cut(work, share)
-        times: list[float] = []
-        begin = time.perf_counter()
-        while len(times) < 2 or (time.perf_counter() - begin < PROBE_S / 2 and len(times) < 8):
-            executed = state.ledger.flops
-            start = time.perf_counter()
-            one_step(policy, method, optimiser, train, built.schedule, memory, state, part, shape)
-            times.append(time.perf_counter() - start)
-        executed = state.ledger.flops - executed
-        fixed = 0.0
-        if share < 1.0:  # the moments take as long, however few tokens there are
-            small = _cut(part, 0.3)
-            begin, done = time.perf_counter(), state.ledger.flops
-            one_step(policy, method, optimiser, train, built.schedule, memory, state, small, shape)
-            took, less = time.perf_counter() - begin, state.ledger.flops - done
-            if less < executed:
-                fixed = max(0.0, took - less * (min(times[1:]) - took) / (executed - less))
-        grown = peak() - before
-    method.close()
-    middle = sorted(times[1:])[len(times[1:]) // 2]
-    return _taken(built, policy, optimiser, memory, part, middle, fixed, executed, _useful(part, shape), grown)
-
-
-def _taken(
-    built: Built, policy: Policy, optimiser: Optimiser, memory: Memory, part: Work, seconds: float, fixed: float, executed: int, useful: int, grown: int
-) -> _Taken:  # fmt: skip
-    """What the miniature's steps took and hold; closes the optimiser."""
-    plan = memory.plan(1)
-    known = memory.activations.get(plan.checkpointing)
-    if known is None:  # memory was ample, and nobody asked
-        known = measure(policy, part.batch.trees, partial(trial, policy))
-
-    def held(micro: tuple[int, int]) -> int:
-        return known.peak(*micro)
-
-    holdings = Holdings.of(policy, optimiser)
-    largest = _largest(part.batch.split(plan.micro_tokens, plan.head_rows), held)
-    added = holdings.masters + holdings.gradients + holdings.moments
-    states = sum(t.numel() * t.element_size() for t in optimiser.tensors().values())
-    adapter = policy.adapted and (built.stage.adapter is None or built.stage.adapter.params.get("save") != "merged")
-    model = sum(p.numel() * p.element_size() for p in policy.trainable().values()) if adapter else holdings.weights
-    optimiser.close()
-    return _Taken(
-        plan=plan, seconds=seconds, fixed_s=fixed, flops=executed, useful=useful, holdings=holdings,
-        largest=largest, grown=grown, held=max(1, grown - added), tracked=added + held(largest), tracked_activations=held(largest), activations=held,
-        checkpoint_bytes=states, model_bytes=model,
-    )  # fmt: skip
-
-
 @dataclass
 class _Drawn:
     """A whole stage that draws. largest: (tokens, head rows) of a micro-batch; reference, held: bytes of a reference and of rollouts."""
 
-    taken: _Taken
+    taken: Taken
     phases: list[Phase]
     largest: tuple[int, int]
     length: float
     reference: int
     held: int
-
-
-@dataclass
-class _TwoRounds:
-    """The second of two rounds in miniature. length: tokens of a completion; tokens: of a step, the reference's among them."""
-
-    taken: _Taken
-    length: float
-    samples: int
-    sampled: int
-    scored: int
-    prefill: int
-    draw_s: float
-    draw_useful: int
-    draw_executed: int
-    tokens: float
-    reference: int
-    held: int
-
-
-def _two_rounds(built: Built, policy: Policy, per_round: int) -> _TwoRounds:
-    """Two rounds of a stage, drawn, scored and learned from at a learning rate of 0; the first warms up.
-
-    Raises MachineError where no completion of them has a gradient.
-    """
-    method, train, shape = built.method, built.stage.train, policy.shape
-    memory, draw = built.memory({}), method.rounds.draw
-    drawn: list[tuple[Any, float]] = []
-    held = 0
-
-    def timed(*given: Any, **named: Any) -> Any:
-        nonlocal held
-        before, begin = resident_bytes(), time.perf_counter()
-        made = draw(*given, **named)
-        drawn.append((made, time.perf_counter() - begin))
-        held = max(held, resident_bytes() - before)
-        return made
-
-    method.rounds.draw = timed
-    before = resident_bytes()
-    with _peak() as peak, tempfile.TemporaryDirectory() as folder:
-        method.start(policy, StageFolder(Path(folder)), lambda: None)
-        reference = max(0, resident_bytes() - before)
-        optimiser = Optimiser(
-            policy, learning_rate=0.0, adam_beta1=train.adam_beta1, adam_beta2=train.adam_beta2, adam_epsilon=train.adam_epsilon,
-            weight_decay=train.weight_decay, clip_norm=train.clip_norm, beside=method.beside(0.0),
-        )  # fmt: skip
-        state = State()
-        learned: list[tuple[float, int, int, int]] = []  # seconds, tokens, useful and executed FLOPs of each step
-        part: Work | None = None
-        boundary = 0
-        try:
-            for work in islice(method.batches(0), 2 * per_round):
-                if work.step == per_round:
-                    boundary = len(drawn)
-                begin, many = time.perf_counter(), len(drawn)
-                tokens, flops, useful = state.ledger.tokens, state.ledger.flops, _all_useful(state)
-                one_step(policy, method, optimiser, train, built.schedule, memory, state, work, shape)
-                here = drawn[many:]
-                paid = Spend()
-                for made, _ in here:
-                    paid += made.spend
-                seconds = time.perf_counter() - begin - sum(s for _, s in here)
-                learned.append((
-                    seconds, state.ledger.tokens - tokens - paid.prefill_tokens - paid.sampled_tokens - paid.scored_tokens,
-                    _all_useful(state) - useful - paid.useful_flops, state.ledger.flops - flops - paid.executed_flops,
-                ))  # fmt: skip
-                part = work if work.made is not None else part
-        except DataError as error:
-            raise _cannot_tell(built, error.message) from error
-        finally:
-            method.close()
-        grown = peak() - before
-    if part is None:
-        raise _cannot_tell(built, "no completion of the miniature has a gradient: the rewards of every group are equal")
-    second = drawn[boundary:]
-    samples = [s for made, _ in second for group in (*made.groups, *(group for _, group in made.replaced)) for s in group]
-    paid = Spend()
-    for made, _ in second:
-        paid += made.spend
-    steps = learned[per_round:]
-    mean = [sum(column) / len(steps) for column in zip(*steps)]
-    taken = _taken(built, policy, optimiser, memory, part, mean[0], 0.0, int(mean[3]), int(mean[2]), grown - reference - held)
-    extra = len(second[0][0].greedy)
-    return _TwoRounds(
-        taken=taken, length=sum(len(s.tokens) for s in samples) / len(samples), samples=len(samples) + extra, sampled=paid.sampled_tokens,
-        scored=paid.scored_tokens, prefill=paid.prefill_tokens, draw_s=sum(s for _, s in second), draw_useful=paid.useful_flops, draw_executed=paid.executed_flops, tokens=mean[1],
-        reference=reference, held=held,
-    )  # fmt: skip
-
-
-def _all_useful(state: State) -> int:
-    return sum(row.get("useful_flops", 0) for row in state.ledger.counted.values())
-
-
-def _cannot_tell(built: Built, why: str) -> MachineError:
-    return MachineError(
-        f"stage {built.stage.name!r} cannot be tried in miniature: {why}",
-        where="burnish estimate",
-        remedy=f"run it with --set stages.{built.stage.name}.budget.tokens=...: a budget stops it cleanly",
-    )
-
-
-def _useful(work: Work, shape: ModelShape) -> int:
-    (micro,) = work.batch.split(1 << 60)
-    layout = micro.stream.layout
-    return train_flops(shape, len(micro.stream.tokens), len(micro.view.label), zip(layout.first_position, layout.length))
-
-
-def _cut(work: Work, share: float) -> Work:
-    """The first trees of a batch, about this share of its tokens and at least one."""
-    trees, left = [], share * sum(t.size for t in work.batch.trees)
-    for tree in work.batch.trees:
-        if trees and left < tree.size:
-            break
-        trees.append(tree)
-        left -= tree.size
-    part = Batch(trees)
-    columns = {name: x[: part.entries if len(x) == work.batch.entries else len(part.group)] for name, x in work.columns.items()}
-    return Work(part, rows=len(trees), where=work.where[: len(trees)], epoch=work.epoch, columns=columns)
-
-
-def _counted(built: Built, plan: Plan, shape: ModelShape) -> tuple[_Counted, tuple[int, int]]:
-    """(tokens and useful FLOPs of the whole stage, its largest micro-batch), from its first batches."""
-    total, tokens, flops, seen = built.method.total_steps, 0, 0, 0
-    largest = (0, 0)
-    for work in islice(built.method.batches(0), BATCHES):
-        for micro in work.batch.split(plan.micro_tokens, plan.head_rows):
-            largest = max(largest, (len(micro.stream.tokens), len(micro.view.label)))
-        tokens += sum(t.size for t in work.batch.trees)
-        flops += _useful(work, shape)
-        seen += 1
-    return _Counted(tokens * total // seen, flops * total // seen), largest
-
-
-def _second_a_byte() -> float:
-    """Writing, syncing and hashing, as a checkpoint is."""
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        path = Path(folder) / "probe"
-        data = os.urandom(CHECKPOINT_PROBE)
-        begin = time.perf_counter()
-        with open(path, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        file_sha256(path)
-        return (time.perf_counter() - begin) / CHECKPOINT_PROBE
-

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish import __version__
-from burnish.build import Built, build_stage, environment, judges
+from burnish.build import Built, build_stage
 from burnish.config.check import check
 from burnish.config.load import load
 from burnish.config.provenance import Resolved, write
@@ -25,6 +25,8 @@ from burnish.core.machine import return_freed_heap
 from burnish.core.records import Spend
 from burnish.core.runs import RunFolder, StageFolder, read_json, write_atomic, write_json
 from burnish.core.stop import Stop
+from burnish.judges import judges
+from burnish.machine import environment
 from burnish.models.export import export, model_card, weights_sha256
 from burnish.models.load import load_policy
 from burnish.models.policy import Policy

@@ -173,7 +173,7 @@ def extras() -> list[Check]:
 def _torch() -> Iterator[Check]:
     import torch
 
-    from burnish.build import cpu_name, gflops
+    from burnish.machine import cpu_name, gflops
     from burnish.models.load import choose_device, choose_dtype
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"

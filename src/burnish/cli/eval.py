@@ -74,7 +74,7 @@ def eval(  # the verb's name
 
 
 def _local(recipe: Recipe, progress: Progressing) -> dict[str, Any]:
-    from burnish.build import judges
+    from burnish.judges import judges
     from burnish.models.load import load_policy
 
     policy = load_policy(recipe.model, dtype=recipe.dtype, device=recipe.device)
@@ -87,7 +87,7 @@ def _local(recipe: Recipe, progress: Progressing) -> dict[str, Any]:
 
 def _remote(recipe: Recipe, progress: Progressing, url: str, options: dict[str, Any]) -> dict[str, Any]:
     """As local, with who answered, and FLOPs unknown: a server says nothing of its model's shape."""
-    from burnish.build import Questions, remote_engine
+    from burnish.judges import Questions, remote_engine
 
     engine, chat = remote_engine(url, recipe.model, **options)
     ((name, judged),) = recipe.evals.items()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from burnish.build import Questions, read_sources
 from burnish.config.load import resolve
 from burnish.config.provenance import Document
 from burnish.config.schema import Eval, Source
@@ -15,6 +14,8 @@ from burnish.core.table import load_row
 from burnish.data.chat import ChatFormat
 from burnish.data.tasks.base import Item, after_examples, shown
 from burnish.evals.accuracy import prompts_of
+from burnish.judges import Questions
+from burnish.material import read_sources
 from burnish.models.load import load_tokenizer
 
 
