@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import Any
 
 from benchmarks.machine import ROOT, Calibration
 
+SETTLE_S = 4.0  # after a block whose product is slow, before it is timed again
 SLOWER = 1.15  # a block whose product took this much longer than the run's best is discarded
 ENVIRONMENTS = {
     "burnish": (Path(sys.executable), "make install"),
@@ -122,14 +124,23 @@ def steady(block: Block, best: float) -> bool:
 
 def run_blocks(
     turns: Mapping[str, Callable[[Mapping[str, Answer]], Answer]], wanted: int, gauge: Callable[[], float], *,
-    best: float = 0.0, repeats: int | None = None,
+    best: float = 0.0, repeats: int | None = None, settle: Callable[[], None] | None = None,
 ) -> Measured:  # fmt: skip
     """Blocks until `wanted` are steady, at most `repeats` (default: `wanted`, at least 2) more than that.
 
     turns: system -> its turn, called in order with the answers of this block so far. `best` is the run's best product
-    so far; a better one seen later condemns earlier blocks too. Every discarded block is counted.
+    so far; a better one seen later condemns earlier blocks too. Every discarded block is counted. With `settle` a product
+    that is slow is timed once more after it: gigabytes freed by a turn are still on their way back to a virtual machine's host.
     """
     blocks: list[Block] = []
+
+    def after() -> float:
+        now = gauge()
+        if settle is not None and now * SLOWER < best:
+            settle()
+            now = max(now, gauge())
+        return now
+
     most = wanted + (max(2, wanted) if repeats is None else repeats)
     now = gauge()
     best = max(best, now)
@@ -137,7 +148,7 @@ def run_blocks(
         seen, answers = [now], dict[str, Answer]()
         for system, turn in turns.items():
             answers[system] = turn(answers)
-            now = gauge()
+            now = after()
             seen.append(now)
         best = max(best, *seen)
         blocks.append(Block(tuple(seen), answers))
@@ -295,7 +306,7 @@ class Session:
         return ready
 
     def run(self, turns: Mapping[str, Callable[[Mapping[str, Answer]], Answer]], wanted: int | None = None) -> Measured:
-        measured = run_blocks(turns, min(wanted or self.blocks, self.blocks), self.gauge, best=self.best_gflops)
+        measured = run_blocks(turns, min(wanted or self.blocks, self.blocks), self.gauge, best=self.best_gflops, settle=lambda: time.sleep(SETTLE_S))
         self.best_gflops = measured.best_gflops
         return measured
 

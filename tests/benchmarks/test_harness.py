@@ -152,6 +152,17 @@ def test_a_better_product_later_condemns_earlier_blocks_and_repeats_are_bounded(
     assert found_out["discarded"] == 6
 
 
+def test_a_product_slowed_by_what_a_block_left_behind_is_timed_again():
+    readings = iter([100.0, 50.0, 99.0, 98.0, 60.0, 61.0, 100.0, 100.0, 100.0])
+    waits: list[str] = []
+    found = run_blocks(turns([]), 1, lambda: next(readings), settle=lambda: waits.append("wait"))
+    # first block: 100, then 50 and 99 after a wait, then 98: steady
+    assert [b.gflops for b in found.kept] == [(100.0, 99.0, 98.0)] and found.discarded == 0 and len(waits) == 1
+    slow = iter([100.0, 60.0, 61.0, 100.0, 100.0, 100.0])
+    found = run_blocks(turns([]), 1, lambda: next(slow), settle=lambda: waits.append("wait"))
+    assert found.discarded == 1 and len(found.kept) == 1  # still slow after the wait: discarded
+
+
 def measured(pairs: list[tuple[float, float]]) -> Measured:
     return Measured([Block((1.0,), {"ours": {"seconds": a, "tokens": 10}, "theirs": {"seconds": b, "tokens": 10}}) for a, b in pairs], 1, 1.0)
 
