@@ -122,6 +122,7 @@ def test_a_model_with_adapters():
     [
         ((0.07, 0.04), True),  # as far as the model's own attentions lie apart: rounding
         ((0.07, 0.02), False),
+        ((0.07, float("inf")), False),  # the model's other attention does not work
         ((0.2, 0.2), False),  # what wrong masks do, whatever rounding does
         ((0.04,), True),
     ],

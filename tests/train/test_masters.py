@@ -79,9 +79,7 @@ def test_what_one_kind_of_master_saved_the_other_continues(split: bool, monkeypa
 
     def load(masters: list[Master]) -> None:
         for m, other in zip(masters, first):
-            numbers = Master.joined(other.parts())
-            assert numbers is not None
-            m.write(numbers)
+            m.write(Master.joined(other.parts()))
             m.state().update({k: x.clone() for k, x in other.state().items()})
 
     second = made(not split, monkeypatch)

@@ -187,6 +187,14 @@ def test_with_room_nothing_is_run_again_and_products_are_large(monkeypatch: pyte
     assert list(made.activations) == ["off"]  # nothing else was measured
 
 
+def test_a_row_longer_than_products_need_is_not_refused_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody named the longest row: it is the batch's, whatever micro-batches are capped at."""
+    monkeypatch.setattr(memory, "MOST_TOKENS", 40)  # the row has 60
+    monkeypatch.setattr(Memory, "_ample", lambda *given: False)
+    made = decided(monkeypatch, 10**11, longest=0)
+    assert made.plan(1).micro_tokens == 40 and made.plan(1).checkpointing == "off"
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3", "gemma2", "phi3", "olmo2", "granite", "mistral", "cohere2"])
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from burnish.core.errors import StorageError
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree
 from burnish.maths.logprobs import weighted_nll
@@ -156,3 +157,17 @@ def test_what_is_beside_the_policy_has_its_own_rate_its_own_clip_and_can_step_al
     assert all(torch.equal(t, kept[n]) for n, t in again.tensors().items()) and torch.equal(other["b"], beside["b"])
     (beside["w"] * float("inf")).sum().backward()
     assert not bool(torch.isfinite(optimiser.gradient_norm()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_changed(tmp_path: Path, dtype: torch.dtype) -> None:
+    optimiser = Optimiser(tiny(tmp_path, dtype), learning_rate=1e-3)
+    kept = {n: t.clone() for n, t in optimiser.tensors().items()}
+    first = next(iter(optimiser.masters))
+    other = {n: t.add(1) for n, t in kept.items()}
+    short = {n: t[:1] if n.endswith(f"/{first}") else t for n, t in other.items()}
+    with pytest.raises(StorageError, match="wanted"):
+        optimiser.load(short)
+    with pytest.raises(StorageError, match="lacks master/"):
+        optimiser.load({n: t for n, t in other.items() if not n.endswith(f"/{first}")})
+    assert all(torch.equal(t, kept[n]) for n, t in optimiser.tensors().items())

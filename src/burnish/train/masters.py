@@ -57,11 +57,16 @@ class Master:
         return {"high": self.working.detach(), "low": self.rest} if self.rest is not None else {"master": self.read()}
 
     @staticmethod
-    def joined(parts: Mapping[str, Tensor]) -> Tensor | None:
-        """The numbers that `parts` of either kind stand for; None where they are not all there."""
-        if "low" in parts and "high" in parts:
-            return whole(parts["high"], parts["low"])
-        return parts.get("master")
+    def shape_in(parts: Mapping[str, Tensor]) -> torch.Size | None:
+        """Of the numbers that `parts` of either kind stand for; None where they are not all there."""
+        if "master" in parts:
+            return parts["master"].shape
+        return parts["low"].shape if "low" in parts and "high" in parts else None
+
+    @staticmethod
+    def joined(parts: Mapping[str, Tensor]) -> Tensor:
+        """The numbers that `parts` of either kind stand for."""
+        return parts["master"] if "master" in parts else whole(parts["high"], parts["low"])
 
     def write(self, numbers: Tensor) -> None:
         """Set master and working weight."""

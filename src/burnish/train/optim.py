@@ -169,12 +169,14 @@ class Optimiser:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `tensors`. Raises StorageError when names or shapes do not fit."""
         there = {name: {k: tensors[f"{k}/{name}"] for k in (*PARTS, *STATE) if f"{k}/{name}" in tensors} for name in self.masters}
-        if missing := sorted(name for name, found in there.items() if Master.joined(found) is None):
+        shapes = {name: Master.shape_in(found) for name, found in there.items()}
+        if missing := sorted(name for name, shape in shapes.items() if shape is None):
             raise StorageError(f"lacks master/{missing[0]} and {len(missing) - 1} more of {len(there)} tensors", where="checkpoint")
         for name, master in self.masters.items():
-            numbers = Master.joined(there[name])
-            assert numbers is not None
-            master.write(numbers)
+            if shapes[name] != master.working.shape:
+                raise StorageError(f"master/{name} is {list(shapes[name] or ())}, wanted {list(master.working.shape)}", where="checkpoint")
+        for name, master in self.masters.items():
+            master.write(Master.joined(there[name]))
             state = {k: x for k, x in there[name].items() if k in STATE}
             if state:
                 master.state().update({k: x.to(master.working.device, copy=True) for k, x in state.items()})
