@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import burnish
+import burnish.pipeline as pipeline
 from burnish.core.runs import read_json
 from burnish.forest.attention import Forest
 from burnish.forest.stream import Layout
@@ -60,6 +61,19 @@ def test_a_trained_stage_loads_with_plain_libraries_and_equal_logits(
     assert error < 1e-5
     before, after = (read_json(run.folder / s / "evals/held_out.json")["settings"]["nats_per_label"] for s in ("00-base", "01-sft"))
     assert after < before
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_what_was_written_is_loaded_again_where_something_judges_it(held_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = RECIPE.format(name="r", model=model_folder(tmp_path / "base"), rows=rows_file(tmp_path / "rows.jsonl"), adapter="")
+    (tmp_path / "r.yaml").write_text(text if held_out else text.replace(", validation_rows: 4, validate_every: 1", ""))
+    loaded: list[str] = []
+    monkeypatch.setattr(pipeline, "load_policy", lambda source, **given: loaded.append(Path(source).name) or load_policy(source, **given))
+    run = burnish.run(tmp_path / "r.yaml", quiet=True, under=tmp_path / "runs")
+    assert loaded == ["base", "model"][: 1 + held_out]
+    stage = read_json(run.folder / "01-sft/stage.json")
+    assert stage["status"] == "complete" and len(stage["output"]) == 64
+    assert (run.folder / "01-sft/ledger.json").exists()
 
 
 def test_python_generates_and_scores(tmp_path: Path) -> None:
