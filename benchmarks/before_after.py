@@ -1,0 +1,107 @@
+"""What each decision about a process is worth: the same SFT steps with it undone and with it, in fresh processes taken in turn.
+
+    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection] [--rounds 3] [--steps 8]
+
+    shapes      oneDNN and torch's wrapper keep 1,024 shapes of products each, or 32
+    pages       memory in pages of 4 kB, or of 2 MB where the system has them
+    masters     fp32 masters beside bf16 weights and torch's AdamW, or masters in two parts and our kernel
+    collection  modules and vocabulary loaded with garbage collection, or without
+
+Rows have new lengths in every step. Prints medians over rounds of the load, of a step (the first left out), and of the process's peak; the losses of
+all steps must be equal to 1e-2 relative (bf16 weights that rounded apart), else it exits with 1. The default model is random: 32,000 words, hidden 384, six layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+
+UNDONE: dict[str, dict[str, str]] = {
+    "shapes": {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"},
+    "pages": {"THP_MEM_ALLOC_ENABLE": "0"},
+    "masters": {},
+    "collection": {},
+}
+
+
+@contextmanager
+def as_ever() -> Iterator[None]:
+    yield
+
+
+def child(model: str, undone: str, steps: int) -> dict[str, Any]:
+    from benchmarks import rows as data
+    from benchmarks.ours import sft
+    from benchmarks.protocol import memory
+    from benchmarks.sft import vocabulary_of
+
+    if undone == "masters":
+        import burnish.train.masters as masters
+
+        masters.kernels_for = lambda *given: None  # type: ignore[assignment]
+    if undone == "collection":
+        import burnish.core.machine as machine
+
+        machine.uncollected = as_ever  # type: ignore[assignment]
+    begin = time.perf_counter()
+    sft.prepare(model=model, mode="full", threads=2)
+    load = time.perf_counter() - begin
+    dice, vocabulary = random.Random(0), vocabulary_of(Path(model))
+    done = [sft.step(rows=[data.row(dice, dice.randint(300, 500), vocabulary, 0.5) for _ in range(4)]) for _ in range(steps)]
+    return {
+        "load_s": load, "step_s": statistics.median(d["seconds"] for d in done[1:]), "peak_gb": memory("VmHWM") / 1e9,
+        "losses": [d["loss"] for d in done],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(UNDONE), default=list(UNDONE))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        print(json.dumps(child(asked.child[0], asked.child[1], asked.steps)))
+        return
+    from tests.folders import model_folder
+
+    wrong = False
+    with tempfile.TemporaryDirectory() as folder:
+        model = asked.model or model_folder(
+            Path(folder) / "wide", "qwen3", vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
+            num_attention_heads=6, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+        )  # fmt: skip
+        print(f"{'':<12}{'load s':>18}{'step s':>18}{'peak GB':>18}   undone / as it is, medians of {asked.rounds}")
+        for name in asked.only:
+            found: dict[str, list[dict[str, Any]]] = {name: [], "": []}
+            for _ in range(asked.rounds):
+                for undone in found:
+                    words = [sys.executable, "-m", "benchmarks.before_after", "--child", str(model), undone, "--steps", str(asked.steps)]
+                    out = subprocess.run(words, cwd=ROOT, env=os.environ | UNDONE.get(undone, {}), capture_output=True, text=True, check=True)
+                    found[undone].append(json.loads(out.stdout.splitlines()[-1]))
+            middle = {u: {k: statistics.median(r[k] for r in rs) for k in ("load_s", "step_s", "peak_gb")} for u, rs in found.items()}
+            print(f"{name:<12}" + "".join(f"{f'{middle[name][k]:.2f} / {middle[str()][k]:.2f}':>18}" for k in ("load_s", "step_s", "peak_gb")), flush=True)
+            apart = max(abs(a / b - 1) for a, b in zip(found[name][0]["losses"], found[""][0]["losses"]))
+            if apart > 1e-2:
+                wrong = True
+                print(f"    the losses differ by {apart:.1e}")
+    sys.exit(int(wrong))
+
+
+if __name__ == "__main__":
+    main()
