@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection] [--rounds 3] [--steps 8]
 
     shapes      oneDNN and torch's wrapper keep 1,024 shapes of products each, or 32
-    pages       memory in pages of 4 kB, or of 2 MB where the system has them
+    pages       memory in pages of 2 MB where the system has them, or of 4 kB
     masters     fp32 masters beside bf16 weights and torch's AdamW, or masters in two parts and our kernel
     collection  modules and vocabulary loaded with garbage collection, or without
 
@@ -31,7 +31,7 @@ from benchmarks.machine import ROOT
 
 UNDONE: dict[str, dict[str, str]] = {
     "shapes": {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"},
-    "pages": {"THP_MEM_ALLOC_ENABLE": "0"},
+    "pages": {"THP_MEM_ALLOC_ENABLE": "1"},
     "masters": {},
     "collection": {},
 }

@@ -72,14 +72,14 @@ def quickstart(folder: Path) -> None:
     line("quickstart again", code == 0, f"exit code {code} in {seconds:.1f} s")
 
 
-def suite(folder: Path) -> None:
+def suite(folder: Path, limit: int = 600) -> None:
     """`make test`, timed, and what its tests measured."""
     begin = time.monotonic()
     report = folder / "junit.xml"
     done = subprocess.run(["make", "test"], cwd=ROOT, env=os.environ | {"PYTEST_ADDOPTS": f"--junitxml={report}"}, capture_output=True, text=True)
     seconds = time.monotonic() - begin
     tail = done.stdout.strip().splitlines()[-1:] or [""]
-    line("make test", done.returncode == 0 and seconds < 600, f"{seconds:.0f} s (limit 600): {tail[0]}")
+    line("make test", done.returncode == 0 and seconds < limit, f"{seconds:.0f} s (limit {limit}): {tail[0]}")
     if not report.exists():
         return
     for case in ET.parse(report).getroot().iter("testcase"):
@@ -171,6 +171,21 @@ def full_speed(folder: Path, model: Path, ids: list[str]) -> None:
             line(f"{c.id} {c.name}", c.met, f"{c.measured} (wanted {c.wanted})")
 
 
+def estimated(folder: Path, model: Path) -> None:
+    """`burnish estimate` against the runs it speaks of, a line for each of ten configurations."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.estimate import MEMORY, TIME
+
+    out = folder / "estimate.json"
+    done = subprocess.run([BIN / "python", "benchmarks/estimate.py", "--model", str(model), "--json", str(out)], cwd=ROOT, capture_output=True, text=True)
+    if not out.exists():
+        return line("estimate", False, f"exit code {done.returncode}: {done.stderr[-500:]}")
+    for name, found in json.loads(out.read_text())["results"].items():
+        memory, seconds = found["memory_ratio"], found["time_ratio"]
+        ok = abs(memory - 1) <= MEMORY and abs(seconds - 1) <= TIME
+        line(f"estimate of {name}", ok, f"memory {memory:.2f} of what was measured, time {seconds:.2f} (wanted within {MEMORY:.0%} and {TIME:.0%})")
+
+
 def on_a_gpu() -> None:
     from benchmarks.suite import GPU
 
@@ -180,6 +195,7 @@ def on_a_gpu() -> None:
 
 # ---- reinforce
 
+FULL_SPEED = ("B1", "B2", "B3", "B4", "B9", "B11", "B12", "B13", "B14")
 BAD_INPUT = (17, 22, 23, 24, 25, 26, 27, 38)  # faults are tests named test_NN_...
 
 
@@ -331,13 +347,20 @@ def main() -> int:
             reinforce(Path(name), model or (default if default.exists() else None), wanted)
         elif which == ["02"]:
             from_suite = model or ROOT / "models/gemma-270m"
-            if from_suite.exists():
-                full_speed(Path(name), from_suite, wanted)
-                on_a_gpu()
+            ids = [w for w in wanted if w not in ("estimate", "suite")]
+            if not from_suite.exists():
+                line("benches and estimate", None, f"no model at {from_suite}: set MODEL to a folder (tools/gemma_folder.py makes one)")
             else:
-                line("the suite", None, f"no model at {from_suite}: set MODEL to a folder (tools/gemma_folder.py makes one)")
+                if ids or not wanted:
+                    full_speed(Path(name), from_suite, ids or list(FULL_SPEED))
+                if "estimate" in wanted or not wanted:
+                    estimated(Path(name), from_suite)
+            if "suite" in wanted or not wanted:
+                suite(Path(name), limit=720)
+            if not wanted:
+                on_a_gpu()
         else:
-            raise SystemExit("usage: tools/accept.py 01 [quickstart suite own_data speed] | 02 [bench ids] | 03 [tests evidence gemma gap quickstart speed]")
+            raise SystemExit("usage: tools/accept.py 01 [quickstart suite own_data speed] | 02 [bench ids, estimate, suite] | 03 [tests evidence gemma gap quickstart speed]")
     return finish()
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# Asked once by torch, at its first allocation: weights and activations in pages of 2 MB where the system has them (Linux), one page
-# fault in place of 512. And by oneDNN and torch's wrapper of it, at the first product: each keeps the last 1,024 shapes of bf16 products, at half a
+# Asked once by oneDNN and torch's wrapper of it, at the first product: each keeps the last 1,024 shapes of bf16 products, at half a
 # megabyte a shape, and a micro-batch has a shape of its own; 32 take no more time (docs/notebook.md, 2026-11-29).
-for _name, _value in (("THP_MEM_ALLOC_ENABLE", "1"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32"), ("LRU_CACHE_CAPACITY", "32")):
+for _name, _value in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32"), ("LRU_CACHE_CAPACITY", "32")):
     os.environ.setdefault(_name, _value)
 
 __version__ = "0.1.0"

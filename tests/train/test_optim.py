@@ -168,6 +168,12 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_changed(tmp
     short = {n: t[:1] if n.endswith(f"/{first}") else t for n, t in other.items()}
     with pytest.raises(StorageError, match="wanted"):
         optimiser.load(short)
+    moments = {f"{k}/{n}": torch.ones(m.working.shape) for n, m in optimiser.masters.items() for k in ("exp_avg", "exp_avg_sq")}
+    steps = {f"step/{n}": torch.tensor(3.0) for n in optimiser.masters}
+    with pytest.raises(StorageError, match=f"lacks exp_avg, exp_avg_sq or step of {first}"):
+        optimiser.load(other | moments)
+    with pytest.raises(StorageError, match=f"exp_avg/{first} is .*, wanted"):
+        optimiser.load(other | moments | steps | {f"exp_avg/{first}": torch.ones(1)})
     with pytest.raises(StorageError, match="lacks master/"):
         optimiser.load({n: t for n, t in other.items() if not n.endswith(f"/{first}")})
     assert all(torch.equal(t, kept[n]) for n, t in optimiser.tensors().items())

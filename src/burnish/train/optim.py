@@ -173,8 +173,13 @@ class Optimiser:
         if missing := sorted(name for name, shape in shapes.items() if shape is None):
             raise StorageError(f"lacks master/{missing[0]} and {len(missing) - 1} more of {len(there)} tensors", where="checkpoint")
         for name, master in self.masters.items():
-            if shapes[name] != master.working.shape:
-                raise StorageError(f"master/{name} is {list(shapes[name] or ())}, wanted {list(master.working.shape)}", where="checkpoint")
+            found, want = there[name], list(master.working.shape)
+            moments = [k for k in STATE if k in found]
+            if moments and len(moments) < len(STATE):
+                raise StorageError(f"lacks {STATE[0]}, {STATE[1]} or step of {name}", where="checkpoint")
+            for key, shape in (("master", shapes[name]), *((k, found[k].shape) for k in moments if k != "step")):
+                if list(shape or ()) != want:
+                    raise StorageError(f"{key}/{name} is {list(shape or ())}, wanted {want}", where="checkpoint")
         for name, master in self.masters.items():
             master.write(Master.joined(there[name]))
             state = {k: x for k, x in there[name].items() if k in STATE}
