@@ -1,11 +1,12 @@
 """What each decision about a process is worth: the same SFT steps with it undone and with it, in fresh processes taken in turn.
 
-    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection] [--rounds 3] [--steps 8]
+    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters] [--rounds 3] [--steps 8]
 
     shapes      oneDNN and torch's wrapper keep 1,024 shapes of products each, or 32
     pages       memory in pages of 2 MB where the system has them, or of 4 kB
     masters     fp32 masters beside bf16 weights and torch's AdamW, or masters in two parts and our kernel
     collection  modules and vocabulary loaded with garbage collection, or without
+    adapters    LoRA as peft computes it, or in the layer's own products (all others train every weight)
 
 Rows have new lengths in every step. Prints medians over rounds of the load, of a step (the first left out), and of the process's peak; the losses of
 all steps must be equal to 1e-2 relative (bf16 weights that rounded apart), else it exits with 1. The default model is random: 32,000 words, hidden 384, six layers.
@@ -34,6 +35,7 @@ UNDONE: dict[str, dict[str, str]] = {
     "pages": {"THP_MEM_ALLOC_ENABLE": "1"},
     "masters": {},
     "collection": {},
+    "adapters": {},
 }
 
 
@@ -42,22 +44,26 @@ def as_ever() -> Iterator[None]:
     yield
 
 
-def child(model: str, undone: str, steps: int) -> dict[str, Any]:
+def child(model: str, name: str, undone: bool, steps: int) -> dict[str, Any]:
     from benchmarks import rows as data
     from benchmarks.ours import sft
     from benchmarks.protocol import memory
     from benchmarks.sft import vocabulary_of
 
-    if undone == "masters":
+    if undone and name == "masters":
         import burnish.train.masters as masters
 
         masters.kernels_for = lambda *given: None  # type: ignore[assignment]
-    if undone == "collection":
+    if undone and name == "collection":
         import burnish.core.machine as machine
 
         machine.uncollected = as_ever  # type: ignore[assignment]
+    if undone and name == "adapters":
+        import burnish.models.adapters as adapters
+
+        adapters.fuse_adapters = lambda model: 0  # type: ignore[assignment]
     begin = time.perf_counter()
-    sft.prepare(model=model, mode="full", threads=2)
+    sft.prepare(model=model, mode="lora" if name == "adapters" else "full", threads=2)
     load = time.perf_counter() - begin
     dice, vocabulary = random.Random(0), vocabulary_of(Path(model))
     done = [sft.step(rows=[data.row(dice, dice.randint(300, 500), vocabulary, 0.5) for _ in range(4)]) for _ in range(steps)]
@@ -73,10 +79,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(UNDONE), default=list(UNDONE))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        print(json.dumps(child(asked.child[0], asked.child[1], asked.steps)))
+        print(json.dumps(child(asked.child[0], asked.child[1], asked.child[2] == "undone", asked.steps)))
         return
     from tests.folders import model_folder
 
@@ -88,15 +94,16 @@ def main() -> None:
         )  # fmt: skip
         print(f"{'':<12}{'load s':>18}{'step s':>18}{'peak GB':>18}   undone / as it is, medians of {asked.rounds}")
         for name in asked.only:
-            found: dict[str, list[dict[str, Any]]] = {name: [], "": []}
+            found: dict[str, list[dict[str, Any]]] = {"undone": [], "as it is": []}
             for _ in range(asked.rounds):
-                for undone in found:
-                    words = [sys.executable, "-m", "benchmarks.before_after", "--child", str(model), undone, "--steps", str(asked.steps)]
-                    out = subprocess.run(words, cwd=ROOT, env=os.environ | UNDONE.get(undone, {}), capture_output=True, text=True, check=True)
-                    found[undone].append(json.loads(out.stdout.splitlines()[-1]))
+                for which, seen in found.items():
+                    words = [sys.executable, "-m", "benchmarks.before_after", "--child", str(model), name, which, "--steps", str(asked.steps)]
+                    environment = os.environ | (UNDONE[name] if which == "undone" else {})
+                    seen.append(json.loads(subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
             middle = {u: {k: statistics.median(r[k] for r in rs) for k in ("load_s", "step_s", "peak_gb")} for u, rs in found.items()}
-            print(f"{name:<12}" + "".join(f"{f'{middle[name][k]:.2f} / {middle[str()][k]:.2f}':>18}" for k in ("load_s", "step_s", "peak_gb")), flush=True)
-            apart = max(abs(a / b - 1) for a, b in zip(found[name][0]["losses"], found[""][0]["losses"]))
+            was, now = middle["undone"], middle["as it is"]
+            print(f"{name:<12}" + "".join(f"{f'{was[k]:.2f} / {now[k]:.2f}':>18}" for k in now), flush=True)
+            apart = max(abs(a / b - 1) for a, b in zip(*(rs[0]["losses"] for rs in found.values())))
             if apart > 1e-2:
                 wrong = True
                 print(f"    the losses differ by {apart:.1e}")

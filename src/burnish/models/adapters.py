@@ -8,6 +8,7 @@ import torch
 
 from burnish.core.errors import ConfigError, MachineError
 from burnish.core.table import About, Table
+from burnish.models.fused import fuse_adapters
 from burnish.models.policy import Policy
 
 
@@ -41,6 +42,7 @@ def lora(
             where="adapter.targets",
             remedy=f"this model has {', '.join(names)}",
         ) from error
+    fuse_adapters(model)
     adapted = Policy(model, policy.tokenizer, source=policy.source, probe=False)
     adapted.logit_map, adapted.why_not_shared, adapted.router = policy.logit_map, policy.why_not_shared, policy.router
     adapted.decisions, adapted.version = policy.decisions, policy.version

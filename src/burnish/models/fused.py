@@ -1,11 +1,16 @@
-"""Norms and gates of transformers' modules as one pass over memory each, forward and backward.
+"""Norms and gates of transformers' modules as one pass over memory each, and low-rank adapters without a pass in fp32.
 
 Written in torch's operations a root-mean-square norm is eight passes over its rows and some fifteen in the backward, and
 such passes were half of a training step of Gemma-270M on two cores (docs/notebook.md). `fuse` gives a module that is
 understood a class which computes the same by the kernels of `maths.kernels`; what a module computes is asked of it, with
 random rows, and never read off its name. A backward that is itself differentiated uses torch's operations.
 
-Axes: n rows, h width.
+peft keeps A and B in fp32 beside a bf16 layer and computes with them in fp32: each of its layers casts its rows, keeps the cast for
+the backward (q, k and v one each), and adds, scales and rounds in passes of their own. Here A and B are rounded to the layer's dtype, as
+its own weight was, and both products go into the layer's result and into the gradient of its rows; A, B and what the optimiser does
+with them stay in fp32.
+
+Axes: n rows, h width, r rank.
 """
 
 from __future__ import annotations
@@ -141,6 +146,43 @@ class _Gate(torch.autograd.Function):
         return *kernels.gate_backward(dy.contiguous(), gate, up, gelu), None, None
 
 
+def _adapted(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x W^T + bias + scale (x A^T) B^T in torch's operations, differentiable."""
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+
+class _LowRank(torch.autograd.Function):
+    """`_adapted` for a frozen weight: x [..., in], W [out, in], A [r, in], B [out, r] -> [..., out]."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, weight, bias, a, b, scale = given
+        out = F.linear(x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ a.to(x.dtype).T
+        out.view(-1, out.shape[-1]).addmm_(low, (scale * b).to(x.dtype).T)
+        ctx.save_for_backward(x, weight, bias, a, b, low)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, bias, a, b, low = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = [t for t in (x, a, b) if t.requires_grad]
+            found = iter(torch.autograd.grad(_adapted(x, weight, bias, a, b, ctx.scale), given, dy, create_graph=True))
+            dx, da, db = (next(found) if t.requires_grad else None for t in (x, a, b))
+            return dx, None, None, da, db, None
+        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        d_low = dy @ (ctx.scale * b).to(dy.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(d_low, a.to(dy.dtype)).view(x.shape)
+        da = (d_low.T @ rows).to(a.dtype) if ctx.needs_input_grad[3] else None
+        db = (ctx.scale * (dy.T @ low)).to(b.dtype) if ctx.needs_input_grad[4] else None
+        return dx, None, None, da, db, None
+
+
 def _usable(x: Tensor, *weights: Tensor) -> Kernels | None:
     kernels = kernels_for(x.dtype, x.device.type)
     return kernels if kernels is not None and all(w.dtype == x.dtype for w in weights) else None
@@ -166,6 +208,33 @@ def _gate_class(kind: Any, gelu: bool) -> type[nn.Module]:
             return self.down_proj(y)
 
     return _as(kind, Fused)
+
+
+@cache
+def _adapter_class(kind: Any) -> type[nn.Module]:
+    class Fused(kind):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            names = [name for name in self.active_adapters if name in self.lora_A]
+            base = self.base_layer
+            if args or kwargs or len(names) != 1 or self.disable_adapters or self.merged or type(base) is not nn.Linear:
+                return super().forward(x, *args, **kwargs)
+            a, b, dropout = self.lora_A[names[0]], self.lora_B[names[0]], self.lora_dropout[names[0]]
+            own = names[0] in self.lora_variant or self.fan_in_fan_out or b.bias is not None or not isinstance(dropout, nn.Identity)
+            if own or base.weight.requires_grad or base.weight.dtype != x.dtype:
+                return super().forward(x)
+            return _LowRank.apply(x, base.weight, base.bias, a.weight, b.weight, self.scaling[names[0]])  # type: ignore[return-value]
+
+    return _as(kind, Fused)
+
+
+def fuse_adapters(model: nn.Module) -> int:
+    """Give the low-rank adapters of linear layers their way above; -> how many. What has dropout, or a variant of its own, is peft's as before."""
+    from peft.tuners.lora import Linear
+
+    found = [module for module in model.modules() if type(module) is Linear]
+    for module in found:
+        module.__class__ = _adapter_class(Linear)
+    return len(found)
 
 
 def _as(kind: Any, made: Any) -> Any:
