@@ -231,7 +231,7 @@ def fuse_adapters(model: nn.Module) -> int:
     """Give the low-rank adapters of linear layers their way above; -> how many. What has dropout, or a variant of its own, is peft's as before."""
     from peft.tuners.lora import Linear
 
-    found = [module for module in model.modules() if type(module) is Linear]
+    found: list[Any] = [module for module in model.modules() if type(module) is Linear]
     for module in found:
         module.__class__ = _adapter_class(Linear)
     return len(found)
