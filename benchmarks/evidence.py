@@ -10,8 +10,9 @@ from typing import Any
 
 from benchmarks.harness import Criterion
 
-ID, GEMMA = "evidence", "gemma_grpo"
+ID, SHORT, GEMMA = "evidence", "short_runs", "gemma_grpo"
 GAIN, P = 0.04, 0.01
+ERRORS = 2.0  # standard errors that a reward may lie below where it began and not be said to fall
 COLUMNS = ["row", "accuracy before / after", "gain (95 %)", "p", "gain by seed", "tokens sampled / trained", "TFLOP", "seconds", "steps"]
 
 
@@ -25,7 +26,19 @@ def criterion(row: Mapping[str, Any], gain: float = GAIN) -> Criterion:
     return Criterion(ID, row["row"], wanted, f"{points(row['gain'])}, p = {row['p']:.1e}, by seed {', '.join(map(points, each))}", met)
 
 
+def not_falling(row: Mapping[str, Any]) -> Criterion:
+    """The mean reward of the last third of a run's rounds is not clearly below that of the first third, in any seed."""
+    wanted = f"last third of rounds not {ERRORS:g} standard errors below the first"
+    if "gain" not in row:
+        return Criterion(SHORT, row["row"], wanted, row.get("not_measured", "not run"), None)
+    curves = [seed["reward"] for seed in row["seeds"]]
+    met = all(c["last"] - c["first"] >= -ERRORS * c["error"] for c in curves)
+    return Criterion(SHORT, row["row"], wanted, "; ".join(f"{c['first']:.3f} -> {c['last']:.3f} (error {c['error']:.3f})" for c in curves), met)
+
+
 def criteria(result: Mapping[str, Any]) -> list[Criterion]:
+    if result["id"] == SHORT:
+        return [not_falling(row) for row in result["rows"]]
     return [criterion(row, result.get("wanted_gain", GAIN)) for row in result["rows"]]
 
 

@@ -118,6 +118,7 @@ def page(found: Mapping[str, tuple[Path, Result]]) -> str:
         parts.append(f"Criteria of what is stored: {counts[True]} met, {counts[False]} missed, {counts[None]} not measured.")
     parts += [section(bench, found.get(bench.id)) for bench in BENCHES.values()]
     parts.append(learning("Evidence of reinforcement learning", found.get(evidence.ID), "python tools/evidence.py"))
+    parts.append(learning("Short runs of the other rows", found.get(evidence.SHORT), "python tools/evidence.py --short"))
     parts.append(learning("GRPO of Gemma 3 270M", found.get(evidence.GEMMA), "python tools/evidence.py --recipe policy_gradient/gemma_grpo --model models/gemma-270m"))
     parts.append("## On a GPU")
     parts.append(table(["id", "what", ""], [[name, what, gpu(found.get(name))] for name, what in GPU.items()]))

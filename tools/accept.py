@@ -299,6 +299,7 @@ def reinforce(folder: Path, model: Path | None, wanted: list[str]) -> None:
     todo: dict[str, Any] = {
         "tests": lambda: tested(folder),
         "evidence": lambda: stored_evidence("evidence", "evidence", ["--jobs", str(os.cpu_count() or 1)]),
+        "short": lambda: stored_evidence("short_runs", "short run", ["--short", "--jobs", str(os.cpu_count() or 1)]),
         "gemma": lambda: stored_evidence("gemma_grpo", "GRPO of Gemma 3 270M", []),
         "gap": lambda: sampler_gap(folder),
         "quickstart": lambda: reinforced_quickstart(folder),
@@ -360,7 +361,7 @@ def main() -> int:
             if not wanted:
                 on_a_gpu()
         else:
-            raise SystemExit("usage: tools/accept.py 01 [quickstart suite own_data speed] | 02 [bench ids, estimate, suite] | 03 [tests evidence gemma gap quickstart speed]")
+            raise SystemExit("usage: tools/accept.py 01 [quickstart suite own_data speed] | 02 [bench ids, estimate, suite] | 03 [tests evidence short gemma gap quickstart speed]")
     return finish()
 
 

@@ -1,16 +1,18 @@
 """Evidence that methods of reinforcement learning work: runs over seeds, judged on held-out items, stored beside the benches.
 
     python tools/evidence.py [--rows grpo rloo ...] [--seeds 0 1 2] [--jobs 2] [--set train.steps=40]
+    python tools/evidence.py --short [--jobs 2]
     python tools/evidence.py --recipe policy_gradient/gemma_grpo --model models/gemma-270m --threads 2
 
 The first form: for each seed the bundled model is fine-tuned once, by the first stage of policy_gradient/grpo; then every row
 starts from that model, at the last stage of its own recipe policy_gradient/ROW where there is one, else at that of
 policy_gradient/grpo with ROW as its method. Before and after are judged on the same 1,000 held-out items of a seed, greedy.
-The second form runs a recipe of one stage as it is, from the model given.
+The second form does the same with the other rows, for twenty steps and one seed: what is asked is that the reward does not fall. The
+third runs a recipe of one stage as it is, from the model given.
 
 Runs live in `runs/evidence` (`--folder`), one process each, `--threads` threads. A run is named by what it does: a finished
 one is kept, an interrupted one goes on, and changed settings are another run. The result goes to
-benchmarks/results/DATE-evidence.json (or DATE-RECIPE.json), and RESULTS.md is written again. Exits 1 where a run failed.
+benchmarks/results/DATE-evidence.json (or DATE-short_runs.json, DATE-RECIPE.json), and RESULTS.md is written again. Exits 1 where a run failed.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ from burnish.config.load import written  # noqa: E402
 from burnish.evals.statistics import compare  # noqa: E402
 
 ROWS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "ppo")
+OTHERS = ("reinforce_pp", "remax", "a2c", "ppo_kl", "grpo_process", "gspo_token", "gmpo", "sapo", "opo", "gdpo", "kl_cov", "clip_cov")
+SHORT_STEPS = 20
 RECIPES = ROOT / "src/burnish/recipes"
 ITEMS = 1000
 Recipe = dict[str, Any]
@@ -144,6 +148,23 @@ def pooled(evaluations: Sequence[tuple[int, Mapping[str, Any]]], strategy: str) 
     }  # fmt: skip
 
 
+def rewards_of(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, float]:
+    """Mean reward of a round over the first and over the last third of them, and the standard error of the difference.
+
+    The steps of one round say the same of its rewards, which count once. `samples`: completions a round.
+    """
+    seen: list[tuple[float, float]] = []
+    for row in rows:
+        found = row.get("reward_mean"), row.get("reward_std")
+        if found[0] is not None and (not seen or found != seen[-1]):
+            seen.append(found)  # type: ignore[arg-type]
+    third = max(1, len(seen) // 3)
+    parts = (seen[:third], seen[-third:])
+    first, last = (sum(mean for mean, _ in part) / third for part in parts)
+    error = (sum(std**2 / samples for part in parts for _, std in part) / third**2) ** 0.5
+    return {"first": first, "last": last, "error": error, "rounds": len(seen)}
+
+
 def cost(run: Path) -> dict[str, float]:
     """What the last stage took, its evaluation apart: what its model's manifest says."""
     about = read(stage_of(run) / "model/manifest.json")["stage"]
@@ -158,6 +179,12 @@ def cost(run: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
+def samples_of(run: Path) -> int:
+    """Completions a round of its last stage."""
+    stage = read(run / "run.json")["resolved"]["stages"][-1]
+    return stage["train"]["batch_rows"] * (stage["rollouts"] or {}).get("group_size", 1)
+
+
 def summary(row: str, runs: Mapping[int, Path], name: str, strategy: str = "greedy") -> dict[str, Any]:
     """Gain, interval and p over all seeds, and each seed's own gain and cost."""
     found = {seed: judged(run, name) for seed, run in runs.items()}
@@ -169,7 +196,7 @@ def summary(row: str, runs: Mapping[int, Path], name: str, strategy: str = "gree
         gaps = [m["sampler_gap"] for m in metrics if m.get("sampler_gap") is not None]
         seeds.append(
             {"seed": seed, "run": runs[seed].name, "before": one.accuracy_before, "after": one.accuracy_after, "gain": one.difference, "p": one.p,
-             "commit": read(runs[seed] / "environment.json").get("commit"), "sampler_gap": max(gaps, default=None), **cost(runs[seed])}
+             "commit": read(runs[seed] / "environment.json").get("commit"), "sampler_gap": max(gaps, default=None), "reward": rewards_of(metrics, samples_of(runs[seed])), **cost(runs[seed])}
         )  # fmt: skip
     return {
         "row": row, "n": whole.n, "before": whole.accuracy_before, "after": whole.accuracy_after, "gain": whole.difference,
@@ -216,8 +243,9 @@ def result(name: str, about: str, command: str, threads: int, rows: list[dict[st
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/evidence.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    parser.add_argument("--short", action="store_true", help=f"{SHORT_STEPS} steps of the rows that are not among the first form's")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"default: {' '.join(ROWS)}; with --short: {' '.join(OTHERS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2; with --short: 0")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of every row's stage, such as train.steps=40")
@@ -226,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/evidence", help="where the runs are (default: %(default)s)")
     parser.add_argument("--no-store", action="store_true", help="print what was found and store nothing")
     asked = parser.parse_args(argv)
+    rows_asked = asked.rows or list(OTHERS if asked.short else ROWS)
+    seeds = asked.seeds or ([0] if asked.short else [0, 1, 2])
     runner = Runner(asked.folder.resolve(), asked.threads)
     if asked.recipe:
         if asked.model is None:
@@ -243,11 +273,12 @@ def main(argv: list[str] | None = None) -> int:
         command = f"python tools/evidence.py --recipe {asked.recipe} --model {asked.model.name} --threads {asked.threads}"
         found = result(short, recipe["about"], command, asked.threads, rows, rows[0]["n"])
     else:
-        changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in asked.set)}
-        rows = over_rows(asked.rows, asked.seeds, runner, asked.jobs, changes)
-        words = ["python tools/evidence.py --rows", *asked.rows, "--seeds", *map(str, asked.seeds), *(f"--set {s}" for s in asked.set)]
+        changes: dict[str, Any] = {"train.steps": SHORT_STEPS} if asked.short else {}
+        changes |= {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in asked.set)}
+        rows = over_rows(rows_asked, seeds, runner, asked.jobs, changes)
+        words = ["python tools/evidence.py" + " --short" * asked.short, "--rows", *rows_asked, "--seeds", *map(str, seeds), *(f"--set {s}" for s in asked.set)]
         about = "For each seed the bundled model is fine-tuned once (policy_gradient/grpo's first stage), and every row starts from there."
-        found = result(evidence.ID, about, " ".join(words), asked.threads, rows, ITEMS)
+        found = result(evidence.SHORT if asked.short else evidence.ID, about, " ".join(words), asked.threads, rows, ITEMS)
     for c in evidence.criteria(found):
         print(f"{'not measured' if c.met is None else 'met' if c.met else 'MISSED':<13}{c.name}: {c.measured} (wanted {c.wanted})", flush=True)
     if asked.no_store:

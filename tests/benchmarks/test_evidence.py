@@ -16,6 +16,7 @@ from benchmarks.machine import ROOT
 
 from benchmarks import evidence, report
 from burnish.config.load import load
+from burnish.maths.settings import POLICY_GRADIENT
 
 spec = importlib.util.spec_from_file_location("evidence_tool", ROOT / "tools/evidence.py")
 assert spec is not None and spec.loader is not None
@@ -36,7 +37,11 @@ def run_folder(root: Path, name: str, before: list[int], after: list[int]) -> Pa
         found = {"eval": "sums", "stage": stage, "item_ids": [f"i{k}" for k in range(len(grades))], "strategies": [row]}
         (home / stage / "evals/sums.json").write_text(json.dumps(found))
     (home / "environment.json").write_text('{"commit": "abc"}')
-    (home / "01-reinforce/metrics.jsonl").write_text('{"sampler_gap": 1e-6}\n{"sampler_gap": null}\n{"sampler_gap": 3e-6}\n')
+    stage = {"train": {"batch_rows": 4}, "rollouts": {"group_size": 8}}
+    (home / "run.json").write_text(json.dumps({"resolved": {"stages": [stage]}}))
+    steps = [(1e-6, 0.5, 0.5), (None, 0.5, 0.5), (3e-6, 0.6, 0.4), (None, None, None), (None, 0.7, 0.3)]
+    rows = [{"sampler_gap": gap, "reward_mean": mean, "reward_std": std} for gap, mean, std in steps]
+    (home / "01-reinforce/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     training = {
         "counted": {"decode": {"sampled_tokens": 50}, "score": {"scored_tokens": 7}, "sampling": {"executed_flops": 10}, "train": {"stream_tokens": 60, "executed_flops": 30}},
         "measured": {"seconds": {"train": 5.0, "save": 1.0}},
@@ -60,6 +65,8 @@ def test_the_gain_is_over_the_items_of_all_seeds_and_the_test_is_mcnemars(tmp_pa
     seed = found["seeds"][0]
     assert (seed["steps"], seed["sampled_tokens"], seed["scored_tokens"], seed["trained_tokens"], seed["flops"], seed["seconds"]) == (9, 50, 7, 60, 40, 6.0)
     assert (seed["commit"], seed["sampler_gap"]) == ("abc", 3e-6)
+    error = ((0.5**2 + 0.3**2) / 32) ** 0.5  # of two rounds of 32 samples; the second step of the first round says it again
+    assert seed["reward"] == pytest.approx({"first": 0.5, "last": 0.7, "error": error, "rounds": 3})
 
 
 def row(gain: float = 0.05, p: float = 1e-4, each: tuple[float, ...] = (0.05, 0.04, 0.06)) -> dict[str, Any]:
@@ -77,6 +84,21 @@ def row(gain: float = 0.05, p: float = 1e-4, each: tuple[float, ...] = (0.05, 0.
 )  # fmt: skip
 def test_four_points_that_are_sure_and_in_every_seed(given: dict[str, Any], met: bool | None) -> None:
     assert evidence.criterion(given).met is met
+
+
+@pytest.mark.parametrize(("last", "met"), [(0.6, True), (0.45, True), (0.39, False)])
+def test_a_short_run_may_not_fall_clearly(last: float, met: bool) -> None:
+    short = row()
+    for seed in short["seeds"]:
+        seed["reward"] = {"first": 0.5, "last": 0.55, "error": 0.05, "rounds": 20}
+    short["seeds"][1]["reward"]["last"] = last
+    (found,) = evidence.criteria({"id": evidence.SHORT, "rows": [short]})
+    assert found.met is met and f"-> {last:.3f}" in found.measured
+    assert evidence.not_falling({"row": "opo", "not_measured": "diverged"}).met is None
+
+
+def test_every_row_has_its_run() -> None:
+    assert sorted([*tool.ROWS, *tool.OTHERS]) == sorted(POLICY_GRADIENT)
 
 
 def test_the_section_says_gain_test_seeds_and_cost(tmp_path: Path) -> None:
