@@ -2,7 +2,8 @@
 
 A useful token is one up to and including its row's last. Every row has its length beforehand (log-normal, median 12, 2 to
 40 tokens), the same for every system, each by its own means: burnish by the limit of each sample, transformers and TRL
-by a stopping criterion that answers for each row, vLLM by each request's `max_tokens`. Temperature 1, nothing cut away.
+by a stopping criterion that answers for each row, vLLM by each request's `max_tokens`. Temperature 1, nothing cut away. One row at once is
+sixteen of them, asked one after the other: a single one was four tokens and a tenth of a second.
 The check: log-probability of one prompt (what `score` gives and what the peer's logits give), and that every row of both
 got its length. *of limit* takes every sample for a row of its own; samples that agree so far are fewer.
 """
@@ -19,7 +20,8 @@ from benchmarks.machine import Calibration
 from benchmarks.sft import vocabulary_of
 
 MAIN = "16 x 8"
-WORKLOADS = {MAIN: (16, 8), "B 1": (1, 1), "B 8": (1, 8), "B 32": (4, 8), "B 64": (8, 8)}  # prompts, samples of each
+SINGLY, CALLS = "B 1", 16
+WORKLOADS = {MAIN: (16, 8), SINGLY: (1, 1), "B 8": (1, 8), "B 32": (4, 8), "B 64": (8, 8)}  # prompts, samples of each
 PEERS = {  # name: (environment, module, setting, workloads)
     "generate, bf16": ("peers", "benchmarks.peers.rollout", "generate", tuple(WORKLOADS)),
     "TRL's path": ("peers", "benchmarks.peers.rollout", "trl", (MAIN,)),
@@ -56,23 +58,33 @@ def run(session: Session) -> Iterator[Case]:
 def one(session: Session, name: str, vocabulary: int, theirs: Child, ours: Child, ready: dict[int, dict[str, Any]]) -> Case:
     prompts, group = WORKLOADS[name]
     small = {"median": 3, "most": 5, "prompt": (4, 8)} if session.smoke else {}
-    work = data.rollouts(2 if session.smoke and prompts > 1 else prompts, group, vocabulary, **small)
-    short = work | {"lengths": [min(n, 4) for n in work["lengths"]]}
+    calls = CALLS if name == SINGLY and not session.smoke else 1
+    work = [data.rollouts(2 if session.smoke and prompts > 1 else prompts, group, vocabulary, seed=2 + i, **small) for i in range(calls)]
+    lengths = [work_of["lengths"] for work_of in work]
+    short = work[0] | {"lengths": [min(n, 4) for n in lengths[0]]}
     first = {"theirs": theirs.ask("step", **short), "ours": ours.ask("step", **short)}
-    measured = session.run({"theirs": lambda _: theirs.ask("step", **work), "ours": lambda _: ours.ask("step", **work)})
+    measured = session.run({"theirs": lambda _: one_by_one(theirs, work), "ours": lambda _: one_by_one(ours, work)})
     case = compare(measured, "ours", "theirs", "useful_tokens")
     mine, other = ready[ours.process.pid], ready[theirs.process.pid]
     steps = [b.answers["ours"] for b in measured.kept]
-    least = [least_seconds(session.calibration, work["lengths"], s["prefill_tokens"], mine) for s in steps]
+    least = [sum(least_seconds(session.calibration, n, p, mine) for n, p in zip(lengths, s["prefilled"])) for s in steps]
     case |= efficiency([s["useful_flops"] for s in steps], [s["executed_flops"] for s in steps], case["seconds"]["ours"], least)
-    wrong = {s: sum(a != b for a, b in zip(measured.kept[0].answers[s]["lengths"], work["lengths"])) for s in ("ours", "theirs")}
+    asked = [n for call in lengths for n in call]
+    wrong = {s: sum(a != b for a, b in zip(measured.kept[0].answers[s]["lengths"], asked, strict=True)) for s in ("ours", "theirs")}
     return case | {
-        "rows": len(work["lengths"]), "tokens": sum(work["lengths"]), "warmup_s": {s: a["seconds"] for s, a in first.items()},
+        "rows": len(asked), "tokens": sum(asked), "warmup_s": {s: a["seconds"] for s, a in first.items()},
         "checks": [
             agree("log-probability of a prompt", mine["probe_logprob"], other["probe_logprob"], TOLERANCE),
             *(agree(f"rows of another length, {s}", float(n), 0.0, 0.0) for s, n in wrong.items()),
         ],
     }  # fmt: skip
+
+
+def one_by_one(child: Child, work: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answers to all calls as one: sums, and what was prefilled by each."""
+    answers = [child.ask("step", **call) for call in work]
+    total: dict[str, Any] = {k: sum(a[k] for a in answers) for k in answers[0] if k != "lengths" and isinstance(answers[0][k], (int, float))}
+    return total | {"lengths": [n for a in answers for n in a["lengths"]], "prefilled": [a.get("prefill_tokens", 0) for a in answers]}
 
 
 def criteria(cases: Sequence[Case]) -> list[Criterion]:
