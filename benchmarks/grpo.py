@@ -8,7 +8,7 @@ group: it can be checked, both systems get the same rewards, and no group is dea
 dead groups out. Both use TRL's default loss (advantages in standard deviations of the group, clip, mean over tokens, no KL).
 
 The checks: loss and, where all weights are trained, gradient norm of a first step on the same given completions; then
-mean reward, completion tokens and loss of every block, which do not depend on the tokens drawn (with one step a round the
+mean reward, completion tokens and loss of every block (one, where a step of the peer takes minutes: the model's), which do not depend on the tokens drawn (with one step a round the
 ratio is 1). *of limit* adds up a round at the best product or reading speed, as B9 does, the products of training, and
 AdamW's bytes where all weights are trained.
 """
@@ -72,7 +72,8 @@ def one(session: Session, plan: Plan, ours: Child, peer: Child) -> Case:
     order = {"model": str(model), "mode": plan.mode, "prompts": prompts, "group": GROUP, "most": sizes["most"]}
     ready = {"theirs": session.prepare(peer, setting=SETTING[plan.peer], **order), "ours": session.prepare(ours, **order)}
     first = {s: c.ask("step", **data.brief(work, GROUP, BRIEF, vocabulary)) for s, c in (("theirs", peer), ("ours", ours))}
-    measured = session.run({"theirs": lambda _: peer.ask("step", **work), "ours": lambda _: ours.ask("step", **work)})
+    turns = {"theirs": lambda _: peer.ask("step", **work), "ours": lambda _: ours.ask("step", **work)}
+    measured = session.run(turns, wanted=None if plan.small else 1)
     case = compare(measured, "ours", "theirs", "samples")
     steps = [b.answers["ours"] for b in measured.kept]
     mine, machine = ready["ours"], session.calibration
