@@ -16,6 +16,7 @@ import burnish.forest.attention as attention
 import burnish.forest.blocks as blocks
 from burnish.core.errors import ConfigError
 from burnish.forest.attention import Dense, Forest, attend_block, forest_attention, merge, visible
+from burnish.forest.blocks import Band
 from burnish.forest.stream import Layout, Stream
 from tests.forest.trees import bounded, random_trees
 
@@ -435,11 +436,13 @@ def half_problem(batch: int, rows: int, keys: int, kv: int, spread: float) -> li
 
 @pytest.mark.parametrize("spread", [1.0, 8.0])  # 8: scores of 40 and more, whose own rounding would be 0.1
 @pytest.mark.parametrize("kv", [4, 2, 1])
-@pytest.mark.parametrize(("batch", "rows", "keys", "mask"), [(3, 40, 40, "causal"), (1, 300, 300, "causal"), (2, 50, 90, None)])
+@pytest.mark.parametrize(("batch", "rows", "keys", "mask"), [(3, 40, 40, "causal"), (1, 300, 300, "causal"), (2, 50, 90, None), (1, 50, 90, 30), (1, 2000, 2100, 150)])
 def test_half_precision_products_are_as_near_to_float64_as_the_stock_backward(
     batch: int, rows: int, keys: int, mask: Any, kv: int, spread: float
 ):
     dout, q, k, v = half_problem(batch, rows, keys, kv, spread)
+    if isinstance(mask, int):  # a window
+        mask = Band.of(rows, keys, mask, q.device)
     out, lse = blocks._product_forward(q.double(), k.double(), v.double(), mask, SCALE, None)
     exact = blocks._product_backward(dout.double(), q.double(), k.double(), v.double(), out, lse, mask, SCALE, None)
     given = dout, q, k, v, out.bfloat16(), lse.float(), mask, SCALE, None

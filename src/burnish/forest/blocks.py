@@ -335,7 +335,8 @@ def _half_backward(
         qx, gx = _shifted(part.of_rows(qs), part.of_rows(ls) / scale), _shifted(gx, delta)
         p = (qx @ part.of_keys(kx).mT).mul_(scale).exp_()
         if mask is not None:
-            p.unflatten(2, (part.rows.stop - part.rows.start, -1)).masked_fill_(_hidden(part, q.device), 0)
+            hidden = ~mask.seen[part.rows, None] if isinstance(mask, Band) else _hidden(part, q.device)
+            p.unflatten(2, (part.rows.stop - part.rows.start, -1)).masked_fill_(hidden, 0)
         ds = (gx @ part.of_keys(vx).mT).mul_(p)
         part.put(dqs, (ds @ part.of_keys(k)).mul_(scale))
         part.of_keys(dk).add_(_sum_over_rows(ds, qx))
@@ -394,7 +395,7 @@ def _half_kernel(width: int) -> Kernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         chosen = _stock_backward
         size = q.shape[2], k.shape[2], q.shape[0] * q.shape[1]
-        if not isinstance(mask, Band | Tensor) and products(*size, mask is not None):
+        if not isinstance(mask, Tensor) and products(*size, mask is not None):
             chosen = _half_backward
         return chosen(dout, q, k, v, out, lse, mask, scale, softcap)
 
