@@ -31,7 +31,7 @@ STAGE = """stages:
 {adapter}"""
 SUMS = "{task: sums, levels: [2, 3, 4, 5], rows: 2048}"
 LORA = "    adapter: {name: lora, rank: 16}\n"
-EVAL = "evals:\n  sums: {task: sums, levels: [4, 5], rows: 1000, strategies: [greedy, vote:4], temperature: 0.4, max_new_tokens: 64}\n"
+EVAL = "evals:\n  sums: {task: sums, levels: [4, 5], rows: 400, strategies: [greedy, vote:4], temperature: 0.4, max_new_tokens: 64}\n"
 
 
 def stage(data: str, steps: int, rows: int, train: str = "", adapter: str = "") -> str:

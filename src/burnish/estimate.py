@@ -222,12 +222,13 @@ class _Dry:
         activations = taken.activations(work)
         more = max(0, activations - taken.tracked_activations)
         in_pieces = max(0, int(taken.grown - taken.tracked + more * max(0.0, pieces - 1)))
+        again = max(0, taken.tracked - taken.grown)  # the steps found so much that loading had left free, as a run's will
         found.plan = str(taken.plan)
         training = {
             "weights": taken.holdings.weights, "masters": taken.holdings.masters, "gradients": taken.holdings.gradients,
             "moments": taken.holdings.moments, "activations and head": activations,
             **({"reference": drawn.reference, "rollouts": drawn.held} if drawn else {}),
-            "kept by the allocator": in_pieces, "tokenizer, data and runtime": max(0, begins - self.baseline - taken.holdings.weights),
+            "kept by the allocator": in_pieces, "tokenizer, data and runtime": max(0, begins - self.baseline - taken.holdings.weights - again),
         }  # fmt: skip
         judged = {"weights": self.weights + taken.holdings.weights, "tokenizer, data and runtime": max(0, held - self.weights), "answers": answers}
         found.memory = max((training, judged), key=lambda items: sum(items.values()))
@@ -386,15 +387,20 @@ class _Dry:
         affordable = 4 * miniature.PROBE_S * spend.sampled_tokens / took
         questions = int(max(few, min(n, affordable // (each * most))))
         limit = int(min(most, max(short, affordable // (each * questions))))
+        half = max(1, questions // 2)
+        sooner = answer(half, limit)[1] if half < questions < n else 0.0
         spend, took, grows = answer(questions, limit)
         per_question = (n + choosing) / questions
+        # a step of decoding costs something however few rows it has: no more of them are taken while all rows find a place
+        fixed = min(max(0.0, took - (took - sooner) / (questions - half) * questions), took) if sooner else 0.0
+        rounds = max(1.0, (n + choosing) * each / (MEMBERS_PER_ROW * LocalEngine(policy).rows))
         length = spend.sampled_tokens / (questions * each)
         known = limit == most
         stretch = 1.0 if known else most / length
         return _Decoded(
             tokens=spend.sampled_tokens * per_question * stretch, length=length * stretch, known=known,
             useful_flops=spend.useful_flops * per_question * stretch, executed_flops=spend.executed_flops * per_question * stretch,
-            seconds=took * per_question * stretch,
+            seconds=((took - fixed) * per_question + fixed * rounds) * stretch,
             grows=grows + self._held_by_all(judge, policy, questions, each, length * stretch),
         )  # fmt: skip
 
