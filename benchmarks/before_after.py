@@ -1,12 +1,13 @@
 """What each decision about a process is worth: the same SFT steps with it undone and with it, in fresh processes taken in turn.
 
-    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters] [--rounds 3] [--steps 8]
+    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters windows] [--rounds 3] [--steps 8]
 
     shapes      oneDNN and torch's wrapper keep 1,024 shapes of products each, or 32
     pages       memory in pages of 2 MB where the system has them, or of 4 kB
     masters     fp32 masters beside bf16 weights and torch's AdamW, or masters in two parts and our kernel
     collection  modules and vocabulary loaded with garbage collection, or without
     adapters    LoRA as peft computes it, or in the layer's own products (all others train every weight)
+    windows     the backward of sliding windows by the stock kernel, or by half-precision products where those are faster (rows of 600 to 1,000 tokens)
 
 Rows have new lengths in every step. Prints medians over rounds of the load, of a step (the first left out), and of the process's peak; the losses of
 all steps must be equal to 1e-2 relative (bf16 weights that rounded apart), else it exits with 1. The default model is random: 32,000 words, hidden 384, six layers.
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ UNDONE: dict[str, dict[str, str]] = {
     "masters": {},
     "collection": {},
     "adapters": {},
+    "windows": {},
 }
 
 
@@ -62,11 +65,22 @@ def child(model: str, name: str, undone: bool, steps: int) -> dict[str, Any]:
         import burnish.models.adapters as adapters
 
         adapters.fuse_adapters = lambda model: 0  # type: ignore[assignment]
+    if undone and name == "windows":
+        import burnish.forest.blocks as blocks
+
+        made = blocks._half_kernel
+
+        def stock(width: int) -> Any:
+            kernel = made(width)
+            return replace(kernel, backward=lambda *a: (blocks._stock_backward if isinstance(a[6], blocks.Band) else kernel.backward)(*a))
+
+        blocks._half_kernel = stock  # type: ignore[assignment]
     begin = time.perf_counter()
     sft.prepare(model=model, mode="lora" if name == "adapters" else "full", threads=2)
     load = time.perf_counter() - begin
     dice, vocabulary = random.Random(0), vocabulary_of(Path(model))
-    done = [sft.step(rows=[data.row(dice, dice.randint(300, 500), vocabulary, 0.5) for _ in range(4)]) for _ in range(steps)]
+    shortest, longest = (600, 1000) if name == "windows" else (300, 500)
+    done = [sft.step(rows=[data.row(dice, dice.randint(shortest, longest), vocabulary, 0.5) for _ in range(4)]) for _ in range(steps)]
     return {
         "load_s": load, "step_s": statistics.median(d["seconds"] for d in done[1:]), "peak_gb": memory("VmHWM") / 1e9,
         "losses": [d["loss"] for d in done],

@@ -8,8 +8,8 @@ group: it can be checked, both systems get the same rewards, and no group is dea
 dead groups out. Both use TRL's default loss (advantages in standard deviations of the group, clip, mean over tokens, no KL).
 
 The checks: loss and, where all weights are trained, gradient norm of a first step on the same given completions; then
-mean reward, completion tokens and loss of every block (one, where a step of the peer takes minutes: the model's), which do not depend on the tokens drawn (with one step a round the
-ratio is 1). *of limit* adds up a round at the best product or reading speed, as B9 does, the products of training, and
+mean reward, completion tokens and loss of every block, which do not depend on the tokens drawn (with one step a round the
+ratio is 1). The model's cases have one block: a step of the peer takes minutes. *of limit* adds up a round at the best product or reading speed, as B9 does, the products of training, and
 AdamW's bytes where all weights are trained.
 """
 

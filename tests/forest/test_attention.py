@@ -479,9 +479,11 @@ def test_large_half_precision_blocks_go_to_the_products_and_are_counted_there(mo
         given = [torch.randn(1, n, 208, 128).bfloat16().requires_grad_() for n in (32, 8, 8)]
         plan = Forest(layout)
         plan(0, *given, SCALE, None, None, None).sum().backward()
+        windowed = [torch.randn(1, n, 200, 128).bfloat16().requires_grad_() for n in (32, 8, 8)]
+        Forest(Layout((200,), (-1,)))(0, *windowed, SCALE, 100, None, None).sum().backward()
     finally:
         blocks._half_kernel.cache_clear()
-    assert called == ["_half_backward", "_stock_backward", "_stock_backward"]
+    assert called == ["_half_backward", "_stock_backward", "_stock_backward", *["_half_backward"] * 3]  # of a window: its head and two chunks
     assert plan.flops_backward == 2 * 32 * 5 * 128 * (128 * 128 + 72 * 200 + 8 * 9 // 2 + 8 * 200)
     monkeypatch.setattr(blocks, "_half_products_are_fast", lambda: False)
     assert blocks.kernel_for(torch.empty(1, 32, 1, 128).bfloat16(), torch.empty(1, 8, 1, 128), None) is blocks._STOCK

@@ -196,7 +196,8 @@ def test_what_is_not_a_plain_adapter_is_pefts_own() -> None:
     want = out(plain)
     torch.manual_seed(0)
     assert torch.equal(out(fused), want)
-    _, dora = adapted_pair(torch.float32, use_dora=True)
+    plain, dora = adapted_pair(torch.float32, use_dora=True)
+    assert torch.equal(out(dora), out(plain))
     grads = low_rank_gradients(dora)[1]
     assert any("magnitude" in n for n in grads)
     plain, fused = adapted_pair(torch.float32)
