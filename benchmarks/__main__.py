@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.harness import Case, Session
+from benchmarks.harness import Case, Session, tolerance
 from benchmarks.machine import ROOT, calibrate, facts, gauge
 from benchmarks.suite import BENCHES, Bench
 
@@ -56,7 +56,7 @@ def run(bench: Bench, session: Session, stamp: dict[str, Any]) -> dict[str, Any]
         session.say(traceback.format_exc())
     return {
         "schema": 1, "id": bench.id, "title": bench.title, **stamp, "versions": session.versions, "best_gflops": session.best_gflops,
-        "seconds": time.perf_counter() - begin, "error": error, "cases": cases,
+        "slower": session.slower, "seconds": time.perf_counter() - begin, "error": error, "cases": cases,
     }  # fmt: skip
 
 
@@ -113,12 +113,13 @@ def main(argv: list[str] | None = None) -> int:
             threads=asked.threads, smoke=asked.smoke, say=lambda text: print(text, flush=True), small_vocabulary=small_vocabulary,
             small=small,
         )  # fmt: skip
-        session.best_gflops = max(session.gauge() for _ in range(3))
+        idle = [session.gauge() for _ in range(1 if asked.smoke else 15)]
+        session.best_gflops, session.slower = max(idle), tolerance(idle)
         stamp = {
             "date": time.strftime("%Y-%m-%d"), "command": command(asked, model), "model": model.name,
             "quick": asked.quick, "environment": facts(asked.threads), "calibration": session.calibration.to_json(),
         }  # fmt: skip
-        session.say(f"fixed product {session.best_gflops:.0f} GFLOP/s; best {session.calibration.to_json()}")
+        session.say(f"fixed product {session.best_gflops:.0f} GFLOP/s, {max(idle) / min(idle) - 1:.0%} apart when idle; best {session.calibration.to_json()}")
         results = []
         for bench in [BENCHES[i] for i in asked.ids or BENCHES]:
             session.say(f"{bench.id}. {bench.title}")

@@ -25,6 +25,7 @@ from benchmarks.harness import (
     forgiven,
     run_blocks,
     steady,
+    tolerance,
 )
 from benchmarks.machine import Calibration, calibrate, gauge
 
@@ -135,6 +136,15 @@ def test_a_block_is_bracketed_and_one_that_is_off_is_repeated() -> None:
 
 def test_fifteen_percent_is_the_edge() -> None:
     assert steady(Block((100.0, 100 / 1.1499), {}), 100) and not steady(Block((100.0, 100 / 1.1501), {}), 100)
+
+
+def test_a_machine_that_swings_by_itself_is_granted_its_swing() -> None:
+    assert tolerance([100.0, 98.0, 91.5]) == 1.15  # the rule
+    assert tolerance([320.0, 270.0, 318.0]) == pytest.approx(1.05 * 320 / 270)
+    assert tolerance([300.0, 100.0]) == 1.35  # no machine is idle like this
+    readings = iter([320.0, 262.0, 318.0, 255.0, 320.0, 320.0, 320.0])
+    found = run_blocks(turns([]), 2, lambda: next(readings), slower=1.25)
+    assert found.discarded == 1 and found.kept[0].gflops == (320.0, 262.0, 318.0)  # 255 is more than 25 % off
 
 
 def test_a_better_product_later_condemns_earlier_blocks_and_repeats_are_bounded() -> None:

@@ -46,7 +46,7 @@ def test_the_page_is_made_of_the_newest_results_alone(tmp_path: Path) -> None:
     (tmp_path / "2026-11-26-old.json").write_text("{}")  # of another kind
     text = report.write(tmp_path, tmp_path / "RESULTS.md").read_text()
     assert "9.99" not in text and "**7.00** (6.50)" in text and "15.0 / 122.6" in text
-    assert "`python -m benchmarks B1`, 2026-11-25" in text and "6 blocks kept, 4 discarded" in text and "`results/2026-11-25-B1.json`" in text
+    assert "`python -m benchmarks B1`, 2026-11-25" in text and "6 blocks kept, 4 discarded (a product 15% off)" in text and "`results/2026-11-25-B1.json`" in text
     assert "A CPU" in text and "217 / 424" in text and "torch 2.13.0, trl 1.16.0" in text
     assert "| target, full, defaults | >= 5 | 7.00 (worst block 6.50) | met |" in text
     assert "| floor, full, best | >= 3 | 2.50 (worst block 2.00) | **MISSED** |" in text
