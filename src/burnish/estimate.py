@@ -266,7 +266,7 @@ class _Dry:
 
         def smaller(asked: int, limit: int) -> Built:
             cushion = rollouts.overlong_cushion and min(limit, rollouts.overlong_cushion)
-            block = rollouts.model_copy(update={"max_new_tokens": limit, "overlong_cushion": cushion, "curriculum": None, "screen": None})
+            block = rollouts.model_copy(update={"max_new_tokens": limit, "overlong_cushion": cushion, "curriculum": None, "screen": None, "partial": 0})
             train = stage.train.model_copy(update={"steps": 2 * per_round, "epochs": None, "learning_rate": 0.0})
             own = dict(stage.method.params)
             if by_rounds:  # what is kept costs as much as what is right

@@ -187,6 +187,59 @@ def test_going_on_later_is_never_having_stopped() -> None:
     assert more.completion == whole.completion[6:]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_stopped_and_gone_on_with_is_what_one_call_draws(name: str, sharing: str) -> None:
+    given = prompts(6)
+    sampling = Sampling(temperature=0.8, max_new_tokens=20, seed=4)
+    keys = [(i, s) for i in range(6) for s in range(2)]
+    whole = run(LocalEngine(policy(name), rows=7), given, sampling, samples=2)
+    assert len({len(t.completion) for t in whole}) > 1
+    engine = LocalEngine(policy(name), rows=2)  # fewer than there are: some have not begun when it stops
+    nodes = engine.prefill_many(given)
+    told: list[int] = []
+
+    def until(ended: Sequence[int]) -> bool:
+        told.extend(ended)
+        return len(told) >= 4
+
+    first = [nodes[i] for i, _ in keys]
+    cut = engine.sample(first, sampling, keys, until=until)
+    ended = [i for i, t in enumerate(cut) if t.finish != "partial"]
+    assert sorted(told) == ended and 4 <= len(ended) < 12
+    assert all(t.completion == w.completion[: len(t.completion)] for t, w in zip(cut, whole))
+    assert any(not t.completion for t in cut) and any(t.finish == "partial" and t.completion for t in cut)
+    open_ = [i for i, t in enumerate(cut) if t.finish == "partial"]
+    below = {i: engine.prefill(cut[i].completion, first[i]) for i in open_ if cut[i].completion}
+    begun = {node: len(node.ids) for node in below.values()}
+    rest = engine.sample([below.get(i, first[i]) for i in open_], sampling, [keys[i] for i in open_], begun=begun)
+    for i, t in zip(open_, rest):
+        assert cut[i].completion + t.completion == whole[i].completion and t.finish == whole[i].finish
+        assert (cut[i].logprobs or ()) + (t.logprobs or ()) == pytest.approx(whole[i].logprobs, abs=1e-4)
+    drawn = sum(t.cost.sampled_tokens for t in (*cut, *rest))
+    assert drawn == engine.spend.sampled_tokens == sum(len(t.completion) for t in whole)
+
+
+def test_what_was_begun_counts_towards_its_limit_and_its_stop_strings() -> None:
+    engine = LocalEngine(policy("llama"))
+    (prompt,) = prompts(1)
+    (whole,) = run(engine, [prompt], GREEDY)
+    text = [engine.policy.decode(whole.completion[:n], keep_special=True) for n in range(21)]
+    at = next(n for n in range(4, 16) if len(text[n]) > len(text[n - 1]) + 0 and len(text[n - 1]) > len(text[n - 2]))
+    stop = text[at][len(text[at - 2]) :]  # of the two tokens before `at`
+    assert stop not in text[at - 1]
+    (stopped,) = run(engine, [prompt], Sampling(temperature=0.0, max_new_tokens=20, stop=(stop,)))
+    assert stopped.finish == "stop_string" and len(stopped.completion) == at
+    node = engine.prefill(prompt)
+    below = engine.prefill(whole.completion[: at - 1], node)
+    one = {below: at - 1}
+    (rest,) = engine.sample([below], Sampling(temperature=0.0, max_new_tokens=20, stop=(stop,)), [(0, 0)], begun=one)
+    assert rest.finish == "stop_string" and rest.completion == whole.completion[at - 1 : at]
+    (rest,) = engine.sample([below], GREEDY, [(0, 0)], begun=one)
+    assert rest.finish == "length" and whole.completion[: at - 1] + rest.completion == whole.completion
+    with pytest.raises(DataError, match="20 tokens were drawn of at most 20"):
+        engine.sample([engine.prefill(whole.completion, node)], GREEDY, [(0, 0)], begun={engine.prefill(whole.completion, node): 20})
+
+
 def test_scores_of_a_tree(sharing: str) -> None:
     engine = LocalEngine(policy("gemma3"), prefill_tokens=40)
     a = engine.prefill(prompts(1, 9, 9)[0])

@@ -11,7 +11,7 @@ from burnish.core.grammar import parse
 from burnish.core.signature import Inputs
 from burnish.core.table import RowDescription, describe_row, did_you_mean
 
-OF_POLICY_GRADIENTS = ("updates", "passes", "curriculum", "screen", "refill", "overlong_cushion", "old_logprobs", "stop_after_dead_rounds")  # of rollouts
+OF_POLICY_GRADIENTS = ("updates", "passes", "curriculum", "screen", "refill", "partial", "overlong_cushion", "old_logprobs", "stop_after_dead_rounds")  # of rollouts
 Problem = tuple[Key, str, str | None]  # the key at fault, what is wrong, what to type instead
 
 
@@ -115,6 +115,9 @@ def _rollouts(key: Key, stage: Stage, drawing: bool) -> Iterator[Problem]:
     if block is not None and block.refill and block.group_size == 1:
         message = "a group of 1 has nothing to differ in: every group would be drawn again"
         yield (*key, "rollouts", "refill"), message, "type refill: 0, or group_size: 2 or more"
+    if block is not None and block.partial >= train.batch_rows:
+        message = f"{block.partial} prompts are carried on from round to round, and a round has {train.batch_rows}: it might draw nothing"
+        yield (*key, "rollouts", "partial"), message, f"type less than {train.batch_rows}"
     for name, part in (("curriculum", block and block.curriculum), ("screen", block and block.screen)):
         if part and part.low >= part.high:
             yield (*key, "rollouts", name, "low"), f"no pass rate is above {part.low:g} and below {part.high:g}", "type a lower low"

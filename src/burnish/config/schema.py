@@ -227,6 +227,11 @@ class Rollouts(Section):
         default=0, ge=0, description="how often other prompts are drawn in place of groups of equal rewards, 0 or more",
         examples=[2],
     )  # fmt: skip
+    partial: int = Field(
+        default=0, ge=0,
+        description="prompts drawn for beyond those of a round, 0 or more: a round ends with its first batch_rows groups, the others go on in the next",
+        examples=[8],
+    )  # fmt: skip
     overlong_cushion: Positive | None = Field(
         default=None,
         description="the last tokens before max_new_tokens that cost reward, 1 or more, or null for none",
@@ -429,6 +434,8 @@ ELSEWHERE = {  # what other trainers call our keys
     "max_completion_length": "max_new_tokens",
     "num_iterations": "passes",
     "max_num_gen_batches": "refill",
+    "partial_rollout": "partial",
+    "over_sampling_batch_size": "partial",
     "torch_dtype": "dtype",
     "reward_funcs": "rewards",
     "reward_weights": "weight",

@@ -49,6 +49,8 @@ METRICS: dict[str, Metric] = {
     "dead_groups": Metric("1", "share of the round's groups whose rewards are all equal: no advantage", "lower"),
     "dead_rounds": Metric("rounds", "rounds in a row, up to this one, in which no group was live after its refills", "lower"),
     "refilled_groups": Metric("groups", "groups of equal rewards that were replaced by those of other prompts, in this round"),
+    "carried_groups": Metric("groups", "groups that this round began or took on and did not end: they go on in the next one"),
+    "stale_tokens": Metric("1", "share of the round's completion tokens that earlier weights drew", "lower"),
     "overlong_penalty": Metric("1", "what completions near max_new_tokens lose of their reward, on average over the round", "higher"),
     "kl": Metric("nats", "KL of the old policy from the reference, a token: mean of k3 over this step's tokens", "lower"),
     "kl_coef": Metric("1", "what multiplied that KL in this step, where it adapts"),

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from burnish.core.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
-Finish = Literal["stop", "length", "stop_string", "budget"]
+Finish = Literal["stop", "length", "stop_string", "budget", "partial"]  # partial: drawing was stopped, and could go on
 Failure = Literal["timeout", "crash", "invalid", "infra"]
 
 

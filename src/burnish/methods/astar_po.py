@@ -117,7 +117,7 @@ def astar_po(material: Material, rewards: Any, rollouts: Any, *, value_coef: flo
     of each prompt once, in the first step: give fewer rows where that step is too long.
     Beside `grpo`: the baseline is the optimal value at the reference, not the mean of the policy's own samples.
     """
-    refuse(rollouts, "old_logprobs", "refill", "curriculum", "screen")  # V* is of the questions that the stage will ask, known beforehand
+    refuse(rollouts, "old_logprobs", "refill", "partial", "curriculum", "screen")  # V* is of the questions that the stage will ask, known beforehand
     rounds, online = drawing(material, rewards, rollouts)
     return AStar(rounds, value_coef, kl_coef, **online)
 

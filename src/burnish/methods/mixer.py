@@ -97,7 +97,7 @@ def mixer(
     """
     length = rollouts.max_new_tokens if weights == "fixed_length" else None
     setting = Setting(advantage=advantage, ratio="none", surrogate="reinforce", weights=weights, length=length)
-    refuse(rollouts, "old_logprobs", "refill", "curriculum", "screen")  # a pass rate is of whole answers, and here their begin is given
+    refuse(rollouts, "old_logprobs", "refill", "partial", "curriculum", "screen")  # a pass rate is of whole answers, and here their begin is given
     rounds, online = drawing(material, rewards, rollouts)
     gold = material.gold(rounds.questions)
     return Mixer(setting, rounds, gold=gold, warmup=warmup, period=period, fewer=fewer, **online)

@@ -85,7 +85,7 @@ def mrt(
     (`subspace`; the paper's S holds it). With alpha 1 and every completion in S this is the expected risk itself.
     Beside `rloo`: no estimate of a gradient but the gradient of an estimate, biased for a finite S.
     """
-    refuse(rollouts, "old_logprobs")
+    refuse(rollouts, "old_logprobs", "partial")
     rounds, online = drawing(material, rewards, rollouts)
     gold = material.gold(rounds.questions) if subspace == "samples_and_gold" else None
     return MinimumRisk(rounds, sharpness, gold, **online)

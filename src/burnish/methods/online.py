@@ -11,7 +11,7 @@ from burnish.core.records import Sampling
 from burnish.core.runs import StageFolder
 from burnish.data.chat import Prepared
 from burnish.methods.curriculum import Prompts
-from burnish.methods.rounds import Round, Rounds, retire
+from burnish.methods.rounds import Carried, Round, Rounds, retire
 from burnish.models.reference import Reference
 from burnish.train.method import Hooks, Material, Work
 
@@ -67,12 +67,14 @@ class Online(Hooks):
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides the step."""
-        return {"dead_rounds": self.dead_rounds, "drawn": self._drawn, "prompts": self.prompts.state()}
+        carried = [c.to_json() for c in self.rounds.carried]
+        return {"dead_rounds": self.dead_rounds, "drawn": self._drawn, "prompts": self.prompts.state(), "carried": carried}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.dead_rounds = state["dead_rounds"]
         self._drawn = None if state["drawn"] is None else (state["drawn"][0], state["drawn"][1])
         self.prompts.load(state["prompts"])
+        self.rounds.carried = [Carried.from_json(row) for row in state.get("carried", ())]
 
     def round(self, policy: Any, work: Work) -> tuple[Round, range]:
         """The round this step belongs to, drawn or read back, and the questions of its part."""
@@ -136,6 +138,7 @@ def drawing(material: Material, rewards: Any, rollouts: Any) -> tuple[Rounds, di
     rounds = Rounds(
         questions, rewards, sampling, prompts, group_size=rollouts.group_size, seed=material.seed("rollouts"),
         end_ids=material.end_ids, greedy=False, refill=rollouts.refill, cushion=rollouts.overlong_cushion,
+        partial=rollouts.partial,
     )  # fmt: skip
     steps = material.steps(sampler, rollouts.updates * rollouts.passes)
     return rounds, {"prepared": prepared, "prompts": prompts, "updates": rollouts.updates, "passes": rollouts.passes, "total_steps": steps}

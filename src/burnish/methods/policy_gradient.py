@@ -87,6 +87,12 @@ class PolicyGradient(Online):
         if old_logprobs == "sampler" and self.setting.correction != "none":
             why = f"correction: {self.setting.correction} compares the trainer's log-probs with the sampler's, and these would be the same"
             raise ConfigError(why, where="rollouts.old_logprobs", remedy="type trainer, or leave it out")
+        if self.rounds.partial and self.setting.correction == "none":
+            why = "what goes on from round to round was begun by earlier weights, and this method would learn from it as if by the present ones"
+            raise ConfigError(why, where="rollouts.partial", remedy="type method: {name: ..., correction: truncated}, or partial: 0")
+        if self.rounds.partial and self.valued and self.valued.pruning:
+            why = "rollouts that a critic prunes are drawn in pieces of their own"
+            raise ConfigError(why, where="rollouts.partial", remedy="type partial: 0, or critic: {prune: null}")
         if "step_reward" in self.needs and not self.rounds.rewards.process:
             why = "this advantage needs a reward of each step, and no reward here scores steps"
             raise ConfigError(why, where="rewards", remedy="use task_steps, or a function of yours that takes `steps`")
@@ -155,8 +161,11 @@ class PolicyGradient(Online):
         return with_bonus(at_the_old_policy), couple
 
     def observe(self, work: Work, micro: Micro, logprobs: Tensor) -> None:
-        """How far the trainer's log-probs are from the sampler's, for the log: rounding at the first step of a round."""
-        drawn = ~work.columns["given"][micro.items]
+        """How far the trainer's log-probs are from the sampler's, for the log: rounding at the first step of a round.
+
+        Not of tokens that were given, nor of those that other weights drew.
+        """
+        drawn = work.columns["drawn"][micro.items]
         if not bool(drawn.any()):
             return
         gap = (logprobs.float().cpu() - work.columns["sampler_logprobs"][micro.items])[drawn].abs()
@@ -215,7 +224,7 @@ class PolicyGradient(Online):
             "known": torch.tensor([s.total is not None for s in samples]),
             "finished": torch.tensor([s.finish != "length" for s in samples]),
             "sampler_logprobs": torch.tensor([p for s in samples for p in (*_nothing(s), *s.logprobs)]),
-            "given": torch.tensor([i < len(_nothing(s)) for s in samples for i in range(len(s.tokens))]),
+            "drawn": torch.tensor([i >= max(len(_nothing(s)), s.stale(drawn.version)) for s in samples for i in range(len(s.tokens))]),
         }
         single = self.updates * self.passes == 1
         captured = columns["sampler_logprobs"]

@@ -22,7 +22,7 @@ from burnish.core.metrics import emit
 from burnish.core.records import Sampling, Spend, Trajectory
 from burnish.core.runs import StageFolder, write_atomic
 from burnish.core.seeds import derive
-from burnish.engines.base import Node
+from burnish.engines.base import Node, cut
 from burnish.engines.local.engine import LocalEngine
 from burnish.forest.pack import Batch
 from burnish.forest.stream import Tree, Unit
@@ -55,6 +55,7 @@ class Sample:
     old_logprobs        of its tokens by the trainer, before any step of the round; empty where not asked for
     entropies           of the policy at its tokens, likewise
     values              of a critic as the round began: of the state before each token, then of the state after the last
+    drawn_by            (version of the weights, tokens) of its parts, where not all are by those of its round
     """
 
     tokens: tuple[int, ...]
@@ -68,6 +69,11 @@ class Sample:
     old_logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
     values: tuple[float, ...] = ()
+    drawn_by: tuple[tuple[str, int], ...] = ()
+
+    def stale(self, version: str) -> int:
+        """How many of its first tokens were drawn by other weights than these."""
+        return sum(count for by, count in self.drawn_by if by != version)
 
     @property
     def worth(self) -> float | None:
@@ -87,11 +93,27 @@ class Sample:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Sample:
         tuples = {name: tuple(row[name]) for name in ("tokens", "logprobs", "old_logprobs", "entropies", "values") if name in row}
-        steps = tuple((end, value) for end, value in row.get("steps", ()))
-        return cls(**{**row, **tuples, "steps": steps})
+        pairs = {name: tuple((a, b) for a, b in row.get(name, ())) for name in ("steps", "drawn_by")}
+        return cls(**{**row, **tuples, **pairs})
 
 
-OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": (), "values": ()}  # left out of the file
+OPTIONAL: dict[str, Any] = {"penalty": 0.0, "steps": (), "old_logprobs": (), "entropies": (), "values": (), "drawn_by": ()}  # left out of the file
+NOT_BEGUN = Sample((), (), "partial", "", {}, None)
+
+
+@dataclass
+class Carried:
+    """A group that a round began and did not end. `samples`: whole ones, and those with finish `partial` that go on."""
+
+    question: int
+    samples: list[Sample]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"question": self.question, "samples": [s.to_json() for s in self.samples]}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Carried:
+        return cls(row["question"], [Sample.from_json(s) for s in row["samples"]])
 
 
 def dead(group: Sequence[Sample]) -> bool:
@@ -168,6 +190,8 @@ class Rounds:
 
     greedy           whether each question is also answered greedily, for a baseline
     refill           how often other prompts are drawn in place of groups that are dead but for what lengths cost
+    partial          prompts that are drawn for beyond `batch_rows`: a round ends once so many groups are whole, and `carried`
+                     holds the others, which go on in the next round with its weights (partial rollouts: arXiv:2501.12599)
     cushion          of `maths.filters.soft_overlong`, in tokens before `max_new_tokens`; None: length costs nothing
     rescored         whether the trainer scores what was sampled, for `old_logprobs`
     entropic         whether it measures entropies
@@ -184,11 +208,13 @@ class Rounds:
     greedy: bool
     refill: int = 0
     cushion: int | None = None
+    partial: int = 0
     rescored: bool = False
     entropic: bool = False
     poll: Callable[[], None] | None = None
     engine: LocalEngine | None = None
     sample: Draw | None = None
+    carried: list[Carried] = field(default_factory=list[Carried])
     _told: set[str] = field(default_factory=set[str])
 
     def news(self, drawn: Round) -> list[str]:
@@ -208,7 +234,7 @@ class Rounds:
         """Sample groups with the present weights and score them; then, where asked for, others in place of dead ones.
 
         Prompts that replace others come from far ahead in the same order of prompts, so that the round is a pure
-        function of the weights and its number and takes none from the rounds to come. What is logged of rewards is what
+        function of the weights, its number and what was carried on, and takes none from the rounds to come. What is logged of rewards is what
         was drawn first: selection would flatter it.
 
         chosen      these questions in place of the round's own: none is replaced, and neither a critic nor the trainer looks at them
@@ -223,13 +249,20 @@ class Rounds:
         engine = self.engine
         engine.poll = self.poll
         before, version = engine.spend, engine.weights_version
-        asked = [int(i) for i in (self.sampler.batch(number) if chosen is None else chosen)]
-        draw = self.sample if own else None
-        groups, greedy, found = self._groups(policy, asked, derive(self.seed, "rollouts", number), size, draw, hinted=hinted, begun=begun)
+        seed = derive(self.seed, "rollouts", number)
+        if own and self.partial:
+            asked, groups, greedy, found = self._first_whole(policy, number, seed)
+        else:
+            asked = [int(i) for i in (self.sampler.batch(number) if chosen is None else chosen)]
+            draw = self.sample if own else None
+            groups, greedy, found = self._groups(policy, asked, seed, size, draw, hinted=hinted, begun=begun)
         facts = {k: v for k, v in found.stats["total"].items() if k != "reward_seconds"}
         facts |= _facts([s for group in groups for s in group], groups)
         if len(found.components) > 1:
             facts |= emit(components=_without_seconds(found.stats["components"]))
+        if own and self.partial:
+            stale = sum(s.stale(version) for group in groups for s in group)
+            facts |= emit(carried_groups=len(self.carried), stale_tokens=stale / sum(len(s.tokens) for group in groups for s in group))
         if self.cushion is not None:
             facts |= emit(overlong_penalty=sum(s.penalty for group in groups for s in group) / sum(map(len, groups)))
         replaced: list[tuple[int, list[Sample]]] = []
@@ -284,6 +317,59 @@ class Rounds:
         samples, found = self.judged(policy, said, [chosen[q] for q in owner], groups)
         split = [samples[q * size : (q + 1) * size] for q in range(len(nodes))]
         return split, [s.worth for s in samples[len(rows) :]], found
+
+    def _first_whole(self, policy: Any, number: int, seed: int) -> tuple[list[int], list[list[Sample]], list[float | None], Breakdown]:
+        """The first `batch_rows` groups to be whole, of those carried on and those of this round's prompts, as `_groups` has
+        them, after their questions. The others are carried on, with what was drawn of them.
+        """
+        engine, wanted = self.engine, self.sampler.batch_rows
+        assert engine is not None
+        version = engine.weights_version
+        fresh = [*self.sampler.batch(number), *self.sampler.batch(2 * FAR + number)][: wanted + self.partial - len(self.carried)]
+        going = [*self.carried, *(Carried(int(i), [NOT_BEGUN] * self.group_size) for i in fresh)]
+        prompts = engine.prefill_many([self.questions[c.question].ids for c in going])
+        rows = [(q, s) for q, c in enumerate(going) for s, one in enumerate(c.samples) if one.finish == "partial"]
+        first = [prompts[q] if not (tokens := going[q].samples[s].tokens) else engine.prefill(tokens, prompts[q]) for q, s in rows]
+        below = [node for node, (q, _) in zip(first, rows) if node is not prompts[q]]
+        begun = {node: len(node.ids) for node in below}
+        left = [sum(one.finish == "partial" for one in c.samples) for c in going]
+        whole = [q for q, n in enumerate(left) if not n]  # in the order in which they came to be
+
+        def enough(ended: Sequence[int]) -> bool:
+            for q, _ in (rows[i] for i in ended):
+                left[q] -= 1
+                if not left[q]:
+                    whole.append(q)
+            return len(whole) >= wanted
+
+        sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
+        for (q, s), drawn in zip(rows, engine.sample(first, sampling, rows, begun=begun, until=enough)):
+            _refuse_unfit(drawn, version)
+            going[q].samples[s] = self._longer(policy, going[q].samples[s], drawn)
+        chosen = whole[:wanted]
+        plain: list[Trajectory] = []
+        if self.greedy:
+            greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
+            plain = engine.sample([prompts[q] for q in chosen], greedy, [(q, 0) for q in chosen])
+        for node in (*below, *prompts):
+            engine.free(node)
+        self.carried = [c for q, c in enumerate(going) if q not in chosen]
+        asked, size = [going[q].question for q in chosen], self.group_size
+        said = [s if s.stale(version) else replace(s, drawn_by=()) for q in chosen for s in going[q].samples] + [_said(policy, (), t) for t in plain]
+        owner = [i for i in range(wanted) for _ in range(size)] + list(range(len(plain)))
+        groups = [q if i < wanted * size else wanted + q for i, q in enumerate(owner)]
+        samples, found = self.judged(policy, said, [asked[q] for q in owner], groups)
+        split = [samples[q * size : (q + 1) * size] for q in range(wanted)]
+        return asked, split, [s.worth for s in samples[wanted * size :]], found
+
+    def _longer(self, policy: Any, before: Sample, drawn: Trajectory) -> Sample:
+        """What there was of a completion with what was drawn now."""
+        if not drawn.completion:
+            return before
+        tokens = before.tokens + drawn.completion
+        by = (*before.drawn_by, (drawn.weights_version, len(drawn.completion)))
+        text = cut(policy.decode(tokens[:-1] if drawn.finish == "stop" else tokens), self.sampling.stop)
+        return replace(before, tokens=tokens, logprobs=before.logprobs + (drawn.logprobs or ()), finish=drawn.finish, text=text, drawn_by=by)
 
     def judged(self, policy: Any, said: Sequence[Sample], asked: Sequence[int], groups: Sequence[int]) -> tuple[list[Sample], Breakdown]:
         """The samples with what they are worth, and what rewards said of all of them; `asked` are their questions."""

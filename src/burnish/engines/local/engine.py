@@ -21,7 +21,7 @@ from burnish.engines.local.arena import Arena, LocalNode
 from burnish.engines.local.graphs import DecodeGraphs
 from burnish.engines.local.lean import Weights
 from burnish.engines.local.plans import Prefill
-from burnish.engines.local.rollout import Rollout
+from burnish.engines.local.rollout import Rollout, Until
 from burnish.forest.attention import Forest
 from burnish.forest.pack import Batch, Micro
 from burnish.forest.stream import Tree, Unit
@@ -220,8 +220,15 @@ class LocalEngine:
     # ---- sampling
 
     @torch.inference_mode()
-    def sample(self, nodes: Sequence[Node], sampling: Sampling, keys: Sequence[tuple[int, int]]) -> list[Trajectory]:
-        """See engines.base. Raises DivergedError where the model's logits are not finite."""
+    def sample(
+        self, nodes: Sequence[Node], sampling: Sampling, keys: Sequence[tuple[int, int]], *, begun: Mapping[Node, int] | None = None,
+        until: Until | None = None,
+    ) -> list[Trajectory]:  # fmt: skip
+        """See engines.base. Raises DivergedError where the model's logits are not finite.
+
+        begun  of a node: so many of its last tokens were drawn before and count towards max_new_tokens and stop strings
+        until  told which rows have just ended, by their index; where it says True all others end as they are, `partial`
+        """
         check_sampling(sampling)
         check_rows(nodes, keys)
         live = [self._live(node) for node in dict.fromkeys(nodes)]
@@ -233,7 +240,11 @@ class LocalEngine:
             )
         if not nodes:
             return []
-        rollout = Rollout(self, cast("Sequence[LocalNode]", nodes), sampling, keys)
+        given = cast("Mapping[LocalNode, int]", begun or {})
+        if full := next((node for node, drawn in given.items() if drawn >= sampling.max_new_tokens), None):
+            message = f"{given[full]} tokens were drawn of at most {sampling.max_new_tokens}: nothing is left to draw"
+            raise DataError(message, where=f"node {full.id}", remedy="leave out completions that are as long as they may be")
+        rollout = Rollout(self, cast("Sequence[LocalNode]", nodes), sampling, keys, given, until)
         try:
             rollout.run()
         except BaseException:

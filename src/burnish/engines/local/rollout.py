@@ -14,7 +14,7 @@ A trajectory costs what it would have cost alone; the engine's own spend counts 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from burnish.engines.local.engine import LocalEngine
 
 LOGITS_BYTES = 64 * 2**20  # of one chunk of rows
-FINISH: tuple[Finish, ...] = ("stop", "length", "stop_string")
-STOP, LENGTH, STOP_STRING = range(3)
+FINISH: tuple[Finish, ...] = ("stop", "length", "stop_string", "partial")
+STOP, LENGTH, STOP_STRING, PARTIAL = range(4)
+Until = Callable[[Sequence[int]], bool]  # the requests that have just ended -> whether drawing stops
 NO_TOKENS = np.zeros(0, np.int64)
 MEMBERS_PER_ROW = 4  # samples let in for each row computed: many of them share a row
 
@@ -44,9 +45,11 @@ class Rollout:
     """One call of `sample`: the queue, the running rows with their members, and the log of what was drawn."""
 
     def __init__(
-        self, engine: LocalEngine, nodes: Sequence[LocalNode], sampling: Sampling, keys: Sequence[tuple[int, int]]
-    ) -> None:
+        self, engine: LocalEngine, nodes: Sequence[LocalNode], sampling: Sampling, keys: Sequence[tuple[int, int]],
+        begun: Mapping[LocalNode, int], until: Until | None,
+    ) -> None:  # fmt: skip
         self.engine, self.policy, self.sampling, self.keys, self.nodes = engine, engine.policy, sampling, keys, nodes
+        self.begun, self.until, self.ended = begun, until, list[int]()
         self.device = engine.policy.device
         self.arena = engine.arena
         self.weights = engine.weights
@@ -83,16 +86,16 @@ class Rollout:
         self.plan = Decode(self.arena, self.device)
         self.shared: list[tuple[LocalNode, np.ndarray]] | None = None
         self.log: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.finish = np.full(len(nodes), -1, np.int64)
+        self.finish = np.full(len(nodes), PARTIAL, np.int64)
         self.attention = np.zeros(len(nodes), np.int64)
         self.launched = self.useful = 0  # FLOPs of this call
-        self.tails: dict[int, list[int]] = {}
         self.tail = max((len(s.encode()) for s in sampling.stop), default=0) + 8
+        self.tails = {i: list(node.path[-begun[node] :][-self.tail :]) for i, node in enumerate(nodes) if begun.get(node)}
 
     def run(self) -> None:
-        """Until the queue and the slots are empty."""
+        """Until the queue and the slots are empty, or enough have ended."""
         self._admit([])
-        while self.n:
+        while not self._enough() and self.n:  # asked of the last ones too
             if self.engine.poll is not None:
                 self.engine.poll()
             n = self.n
@@ -104,6 +107,13 @@ class Rollout:
             self._settle(token, stays)
             if self.n and int(self.length[: self.n].max()) >= self.arena.size:
                 self._widen()
+
+    def _enough(self) -> bool:
+        """Whether whoever asked has what it wants."""
+        if self.until is None or not self.ended:
+            return False
+        ended, self.ended = self.ended, []
+        return self.until(ended)
 
     def _body(self, n: int) -> tuple[Tensor, np.ndarray, int]:
         """(hidden [n, H] of the running rows, attention FLOPs [n] of each, rows launched), by a graph where there is one."""
@@ -187,7 +197,8 @@ class Rollout:
         number = {node: i for i, node in enumerate(nodes)}
         row = np.array([number[self.nodes[r]] for r in requests])
         end = np.array([node.end for node in nodes])
-        limit = np.minimum(end + self.sampling.max_new_tokens, self.policy.context)
+        begun = np.array([self.begun.get(node, 0) for node in nodes])
+        limit = np.minimum(end - begun + self.sampling.max_new_tokens, self.policy.context)
         token, stays = self._draw(torch.stack([cast(Tensor, node.hidden) for node in nodes]), requests, row, end[row], limit[row])
         requests, row, token = requests[stays], row[stays], token[stays]
         if not len(requests):
@@ -293,8 +304,10 @@ class Rollout:
                     text = self.policy.decode(tail[-self.tail :], keep_special=True)
                     if any(s in text for s in self.sampling.stop):
                         code[i] = STOP_STRING
-        self.finish[requests] = code
-        return drawn, code < 0
+        ended = code >= 0
+        self.finish[requests[ended]] = code[ended]
+        self.ended += requests[ended].tolist()
+        return drawn, ~ended
 
     # ---- the end
 
@@ -336,6 +349,8 @@ class Rollout:
 
     def _cost(self, i: int, first: int, drawn: int) -> Spend:
         """The first token comes from the node's hidden row, so the body sees one token less than the head."""
+        if not drawn:
+            return Spend()
         shape = self.engine.shape
         keys = {window: attended(first, drawn - 1, window) for window in set(shape.windows)}
         head = 2 * shape.vocabulary * shape.hidden
