@@ -191,7 +191,8 @@ class Rounds:
     greedy           whether each question is also answered greedily, for a baseline
     refill           how often other prompts are drawn in place of groups that are dead but for what lengths cost
     partial          prompts that are drawn for beyond `batch_rows`: a round ends once so many groups are whole, and `carried`
-                     holds the others, which go on in the next round with its weights (partial rollouts: arXiv:2501.12599)
+                     holds the others, which go on in the next round with its weights (partial rollouts: arXiv:2501.12599);
+                     short completions come first, long ones later, and none is lost
     cushion          of `maths.filters.soft_overlong`, in tokens before `max_new_tokens`; None: length costs nothing
     rescored         whether the trainer scores what was sampled, for `old_logprobs`
     entropic         whether it measures entropies
