@@ -49,6 +49,7 @@ from burnish.train.memory import bytes_of
 
 Say = Callable[[str], None]
 TOKEN_BYTES = 24 + 8 + 8 + 28  # of one sampled token in a trajectory: a float, two places in tuples, an int
+TRAJECTORY_BYTES = 1600  # of a trajectory besides: its record, spans, cost and text (tracemalloc)
 
 
 @dataclass
@@ -415,7 +416,7 @@ class _Dry:
         size = -(-(max(map(len, ids)) + min(judge.judged.max_new_tokens, 64)) // KEYS_STEP) * KEYS_STEP
         slots = [min(q * each, MEMBERS_PER_ROW * engine.rows, engine.tokens_held // size) for q in (len(ids), questions)]
         keys = min(arenas[0].spans.capacity, engine.tokens_held) - arenas[1].spans.capacity + (slots[0] - slots[1]) * size
-        drawn = int((len(ids) - questions) * each * length) * TOKEN_BYTES
+        drawn = int((len(ids) - questions) * each * (length * TOKEN_BYTES + TRAJECTORY_BYTES))
         return max(0, keys) * engine.bytes_per_token * engine.shape.layers + drawn
 
     def _answers(self, judge: Questions, decoded: _Decoded, after: Built | None, drawn: _Drawn | None = None) -> Phase:
