@@ -12,6 +12,7 @@ from benchmarks.harness import Criterion
 
 ID, SHORT, GEMMA = "evidence", "short_runs", "gemma_grpo"
 GAIN, P = 0.04, 0.01
+TENTHS = 10  # of a stage, in the table of training rewards
 ERRORS = 2.0  # standard errors that a reward may lie below where it began and not be said to fall
 COLUMNS = ["row", "accuracy before / after", "gain (95 %)", "p", "gain by seed", "tokens sampled / trained", "TFLOP", "seconds", "steps"]
 
@@ -36,10 +37,34 @@ def not_falling(row: Mapping[str, Any]) -> Criterion:
     return Criterion(SHORT, row["row"], wanted, "; ".join(f"{c['first']:.3f} -> {c['last']:.3f} (error {c['error']:.3f})" for c in curves), met)
 
 
+def rising(row: Mapping[str, Any]) -> Criterion:
+    """The mean reward of the last third of a run's rounds is clearly above that of the first third, in every seed."""
+    wanted = f"last third of rounds {ERRORS:g} standard errors above the first"
+    name = f"{row['row']}, training reward"
+    if "gain" not in row:
+        return Criterion(GEMMA, name, wanted, row.get("not_measured", "not run"), None)
+    curves = [seed["reward"] for seed in row["seeds"]]
+    met = all(c["last"] - c["first"] > ERRORS * c["error"] for c in curves)
+    return Criterion(GEMMA, name, wanted, "; ".join(f"{c['first']:.3f} -> {c['last']:.3f} (error {c['error']:.3f})" for c in curves), met)
+
+
 def criteria(result: Mapping[str, Any]) -> list[Criterion]:
     if result["id"] == SHORT:
         return [not_falling(row) for row in result["rows"]]
-    return [criterion(row, result.get("wanted_gain", GAIN)) for row in result["rows"]]
+    gains = [criterion(row, result.get("wanted_gain", GAIN)) for row in result["rows"]]
+    return gains + [rising(row) for row in result["rows"] if result["id"] == GEMMA]
+
+
+def curve(row: Mapping[str, Any]) -> list[str]:
+    """Mean training reward over all seeds by tenths of the stage, where the rounds' own are stored."""
+    curves = [seed["reward"]["curve"] for seed in row.get("seeds", ()) if "curve" in seed.get("reward", {})]
+    if not curves:
+        return []
+    found: list[str] = []
+    for k in range(TENTHS):
+        parts = [c[len(c) * k // TENTHS : max(len(c) * k // TENTHS + 1, len(c) * (k + 1) // TENTHS)] for c in curves]
+        found.append(f"{sum(sum(part) / len(part) for part in parts) / len(parts):.3f}")
+    return [row["row"], *found]
 
 
 def points(share: float) -> str:

@@ -134,8 +134,10 @@ def learning(title: str, found: tuple[Path, Result] | None, remedy: str) -> str:
         return f"{title}\n\nNot measured yet: `{remedy}`."
     path, result = found
     wanted = [[c.name, c.wanted, c.measured, verdict(c.met)] for c in evidence.criteria(result)]
+    threads = result["environment"]["threads"]
+    commits = sorted({str(seed.get("commit"))[:12] for row in result["rows"] for seed in row.get("seeds", ())})
     where = (
-        f"`{result['command']}`, {result['date']}, commit {result['environment']['commit']}, one thread a run. Stored: `results/{path.name}`."
+        f"`{result['command']}`, {result['date']}, runs of commit {', '.join(commits) or 'none'}, {threads} thread{'s' * (threads > 1)} a run. Stored: `results/{path.name}`."
     )
     note = (
         f"{result['about']} {result['items']} held-out items a seed, greedy, asked before and after; the test is paired over the items of all seeds "
@@ -143,7 +145,11 @@ def learning(title: str, found: tuple[Path, Result] | None, remedy: str) -> str:
         "the stage without its evaluation, a seed on average."
     )
     rows = table(evidence.COLUMNS, [evidence.cells(row) for row in result["rows"]])
-    return "\n\n".join([title, where, note, rows, table(["criterion", "wanted", "measured", ""], wanted)])
+    parts = [title, where, note, rows]
+    if curves := list(filter(None, map(evidence.curve, result["rows"]))):
+        tenths = [str(k + 1) for k in range(evidence.TENTHS)]
+        parts += ["Mean training reward of what was drawn, by tenths of the stage:", table(["row", *tenths], curves)]
+    return "\n\n".join([*parts, table(["criterion", "wanted", "measured", ""], wanted)])
 
 
 def gpu(found: tuple[Path, Result] | None) -> str:

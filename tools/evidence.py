@@ -148,8 +148,8 @@ def pooled(evaluations: Sequence[tuple[int, Mapping[str, Any]]], strategy: str) 
     }  # fmt: skip
 
 
-def rewards_of(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, float]:
-    """Mean reward of a round over the first and over the last third of them, and the standard error of the difference.
+def rewards_of(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
+    """Mean reward of each round, over the first and over the last third of them, and the standard error of the difference.
 
     The steps of one round say the same of its rewards, which count once. `samples`: completions a round.
     """
@@ -162,7 +162,7 @@ def rewards_of(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, flo
     parts = (seen[:third], seen[-third:])
     first, last = (sum(mean for mean, _ in part) / third for part in parts)
     error = (sum(std**2 / samples for part in parts for _, std in part) / third**2) ** 0.5
-    return {"first": first, "last": last, "error": error, "rounds": len(seen)}
+    return {"first": first, "last": last, "error": error, "rounds": len(seen), "curve": [round(mean, 4) for mean, _ in seen]}
 
 
 def cost(run: Path) -> dict[str, float]:

@@ -66,6 +66,7 @@ def test_the_gain_is_over_the_items_of_all_seeds_and_the_test_is_mcnemars(tmp_pa
     assert (seed["steps"], seed["sampled_tokens"], seed["scored_tokens"], seed["trained_tokens"], seed["flops"], seed["seconds"]) == (9, 50, 7, 60, 40, 6.0)
     assert (seed["commit"], seed["sampler_gap"]) == ("abc", 3e-6)
     error = ((0.5**2 + 0.3**2) / 32) ** 0.5  # of two rounds of 32 samples; the second step of the first round says it again
+    assert seed["reward"].pop("curve") == [0.5, 0.6, 0.7]
     assert seed["reward"] == pytest.approx({"first": 0.5, "last": 0.7, "error": error, "rounds": 3})
 
 
@@ -97,6 +98,18 @@ def test_a_short_run_may_not_fall_clearly(last: float, met: bool) -> None:
     assert evidence.not_falling({"row": "opo", "not_measured": "diverged"}).met is None
 
 
+@pytest.mark.parametrize(("last", "met"), [(0.6, True), (0.53, False), (0.4, False)])
+def test_a_recipes_training_reward_has_to_rise_and_is_shown_by_tenths(last: float, met: bool, tmp_path: Path) -> None:
+    one = row(each=(0.05,)) | {"row": "gemma_grpo"}
+    one["seeds"][0] |= {"reward": {"first": 0.5, "last": last, "error": 0.02, "rounds": 20, "curve": [k / 100 for k in range(20)]}, "commit": "abcdef0123456789"}
+    stored = {"schema": 1, "id": evidence.GEMMA, "date": "2026-11-25", "command": "c", "about": "How.", "items": 400, "environment": {"threads": 2}, "rows": [one]}
+    assert [c.met for c in evidence.criteria(stored)] == [True, met]
+    report.store(stored, tmp_path)
+    text = report.page(report.newest(tmp_path))
+    assert "| gemma_grpo | 0.005 | 0.025 |" in text and "0.185 |" in text and "runs of commit abcdef012345, 2 threads a run" in text
+    assert evidence.curve({"row": "x", "seeds": [{"reward": {"curve": [0.1, 0.2]}}]})[1:] == ["0.100"] * 5 + ["0.200"] * 5  # fewer rounds than tenths
+
+
 def test_every_row_has_its_run() -> None:
     assert sorted([*tool.ROWS, *tool.OTHERS]) == sorted(POLICY_GRADIENT)
 
@@ -104,7 +117,7 @@ def test_every_row_has_its_run() -> None:
 def test_the_section_says_gain_test_seeds_and_cost(tmp_path: Path) -> None:
     stored = {
         "schema": 1, "id": evidence.ID, "date": "2026-11-25", "command": "python tools/evidence.py", "about": "How.", "items": 1000,
-        "environment": {"commit": "abc"}, "rows": [row(), {"row": "ppo", "not_measured": "ended with 2: no | critic\nmore"}],
+        "environment": {"commit": "abc", "threads": 1}, "rows": [row(), {"row": "ppo", "not_measured": "ended with 2: no | critic\nmore"}],
     }  # fmt: skip
     report.store(stored, tmp_path)
     text = report.page(report.newest(tmp_path))
