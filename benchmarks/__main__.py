@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             "date": time.strftime("%Y-%m-%d"), "command": command(asked, model), "model": model.name,
             "quick": asked.quick, "environment": facts(asked.threads), "calibration": session.calibration.to_json(),
         }  # fmt: skip
-        session.say(f"fixed product {session.best_gflops:.0f} GFLOP/s, {max(idle) / min(idle) - 1:.0%} apart when idle; best {session.calibration.to_json()}")
+        session.say(f"fixed product {session.best_gflops:.0f} GFLOP/s, a block may be {session.slower - 1:.0%} off; best {session.calibration.to_json()}")
         results = []
         for bench in [BENCHES[i] for i in asked.ids or BENCHES]:
             session.say(f"{bench.id}. {bench.title}")

@@ -121,10 +121,12 @@ class Measured:
 def tolerance(products: Sequence[float]) -> float:
     """How much slower than at its best the product may run in a block, from products of the idle machine before the run.
 
-    15 %. A shared processor's clock may swing by 25 % with nothing else running (decision 0008): then 5 % below what was
-    seen idle, and never beyond 35 %. Both turns of a block see the same swings, and its ratio is of what they did in them.
+    15 %. A shared processor's clock may swing by 25 % with nothing else running (decision 0008): then 5 % below what it falls
+    to in a fifth of the time or more, and never beyond 35 %. Both turns of a block see the same swings, and its ratio is of
+    what they did in them. A single slow product is somebody else's work, and grants nothing.
     """
-    return min(max(SLOWER, 1.05 * max(products) / min(products)), SWING)
+    usual = sorted(products)[len(products) // 5]
+    return min(max(SLOWER, 1.05 * max(products) / usual), SWING)
 
 
 def steady(block: Block, best: float, slower: float = SLOWER) -> bool:

@@ -141,6 +141,8 @@ def test_fifteen_percent_is_the_edge() -> None:
 def test_a_machine_that_swings_by_itself_is_granted_its_swing() -> None:
     assert tolerance([100.0, 98.0, 91.5]) == 1.15  # the rule
     assert tolerance([320.0, 270.0, 318.0]) == pytest.approx(1.05 * 320 / 270)
+    assert tolerance([320.0] * 11 + [270.0] * 4) == pytest.approx(1.05 * 320 / 270)
+    assert tolerance([320.0] * 14 + [100.0]) == 1.15  # once: somebody else
     assert tolerance([300.0, 100.0]) == 1.35  # no machine is idle like this
     readings = iter([320.0, 262.0, 318.0, 255.0, 320.0, 320.0, 320.0])
     found = run_blocks(turns([]), 2, lambda: next(readings), slower=1.25)
