@@ -97,7 +97,7 @@ BENCHES = {
         Bench("B12", "Attention over trees, in a body of four layers", tree.run, tree.criteria,
               (("tokens", lambda c: str(c["tokens"])), ("token ratio", lambda c: f"{c['token_ratio']:.2f}"), ("speed-up (worst block)", SPEED[2][1]),
                ("of the ratio", lambda c: f"{c['of_token_ratio']:.2f}"), ("seconds, peer / ours", lambda c: f"{statistics.median(c['seconds']['theirs']):.3f} / {statistics.median(c['seconds']['ours']):.3f}"),
-               *LIMITS, EXTRA, *SPEED[3:]), "Forward and backward of a bf16 body of Gemma-3-270M's shape; see benchmarks/tree.py."),
+               *LIMITS, EXTRA, *SPEED[3:]), "Forward and backward of a body of Gemma-3-270M's shape, in whichever of fp32 and bf16 multiplies faster on its machine (above); see benchmarks/tree.py."),
         Bench("B13", "Memory: a fresh process, and the longest sequence of a step", memory.run, memory.criteria,
               (("peak GB, TRL / ours", both("peak_bytes", gb)), ("ours of TRL's", lambda c: f"{c['peak_ratio']:.2f}" if "peak_ratio" in c else ""),
                ("tokens, TRL / ours", both("tokens", str)), ("ratio", lambda c: f"**{c['ratio']:.2f}**" if "ratio" in c else ""), ("how", probes), ("equality", checks)),

@@ -48,7 +48,7 @@ def run(session: Session) -> Iterator[Case]:
 def one(session: Session, both: Callable[[], tuple[Child, Child]], peer: str, size: tuple[int, int, int], length: list[int], parent: list[int], dtype: str) -> Case:
     case: Case = {
         "case": f"depth {size[0]}, root {size[1]}, {size[2]} children, {peer}", "peer": peer, "tokens": sum(length),
-        "segments": len(length), "work": "trees",
+        "segments": len(length), "work": "trees", "dtype": dtype,
     }  # fmt: skip
     order = {"length": length, "parent": parent, "dtype": dtype, "tiny": session.smoke}
     with forgiven(case, session.say):
