@@ -224,7 +224,7 @@ def test_what_was_begun_counts_towards_its_limit_and_its_stop_strings() -> None:
     (prompt,) = prompts(1)
     (whole,) = run(engine, [prompt], GREEDY)
     text = [engine.policy.decode(whole.completion[:n], keep_special=True) for n in range(21)]
-    at = next(n for n in range(4, 16) if len(text[n]) > len(text[n - 1]) + 0 and len(text[n - 1]) > len(text[n - 2]))
+    at = next(n for n in range(4, 16) if len(text[n]) > len(text[n - 1]) and len(text[n - 1]) > len(text[n - 2]))
     stop = text[at][len(text[at - 2]) :]  # of the two tokens before `at`
     assert stop not in text[at - 1]
     (stopped,) = run(engine, [prompt], Sampling(temperature=0.0, max_new_tokens=20, stop=(stop,)))

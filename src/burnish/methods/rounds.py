@@ -301,23 +301,37 @@ class Rounds:
         asked = [self.questions[i].hinted if hinted else self.questions[i].ids for i in chosen]
         nodes = engine.prefill_many([(*ids, *tokens) for ids, tokens in zip(asked, given)])
         rows = [(node, (q, s)) for q, node in enumerate(nodes) for s in range(size)]
-        sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
         first, keys = [node for node, _ in rows], [key for _, key in rows]
+        sampling = self._seeded(seed)
         drawn = engine.sample(first, sampling, keys) if sample is None else sample(engine, first, sampling, keys)
-        plain: list[Trajectory] = []
-        if self.greedy:
-            greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
-            plain = engine.sample(nodes, greedy, [(q, 0) for q in range(len(nodes))])
+        plain = self._greedily(engine, nodes)
         for node in nodes:
             engine.free(node)
         for t in (*drawn, *plain):
             _refuse_unfit(t, version)
-        owner = [q for _, (q, _) in rows] + list(range(len(plain)))
-        groups = [q if i < len(rows) else len(nodes) + q for i, q in enumerate(owner)]
-        said = [_said(policy, given[q], t) for q, t in zip(owner, (*drawn, *plain))]
-        samples, found = self.judged(policy, said, [chosen[q] for q in owner], groups)
-        split = [samples[q * size : (q + 1) * size] for q in range(len(nodes))]
-        return split, [s.worth for s in samples[len(rows) :]], found
+        said = [_said(policy, given[q], t) for (_, (q, _)), t in zip(rows, drawn)]
+        return self._judged_groups(policy, said, [_said(policy, tokens, t) for tokens, t in zip(given, plain)], chosen)
+
+    def _seeded(self, seed: int) -> Sampling:
+        return Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
+
+    def _greedily(self, engine: LocalEngine, nodes: Sequence[Node]) -> list[Trajectory]:
+        """The greedy answer to each prompt, where a baseline asks for it."""
+        if not self.greedy:
+            return []
+        greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
+        return engine.sample(nodes, greedy, [(q, 0) for q in range(len(nodes))])
+
+    def _judged_groups(
+        self, policy: Any, said: Sequence[Sample], plain: Sequence[Sample], asked: Sequence[int]
+    ) -> tuple[list[list[Sample]], list[float | None], Breakdown]:
+        """As `_groups`. `said`: of each question its samples; `plain`: its greedy answer, a group of its own, where there is one."""
+        size = len(said) // len(asked)
+        owner = [i // size for i in range(len(said))] + list(range(len(plain)))
+        groups = [q if i < len(said) else len(asked) + q for i, q in enumerate(owner)]
+        samples, found = self.judged(policy, [*said, *plain], [asked[q] for q in owner], groups)
+        split = [samples[q * size : (q + 1) * size] for q in range(len(asked))]
+        return split, [s.worth for s in samples[len(said) :]], found
 
     def _first_whole(self, policy: Any, number: int, seed: int) -> tuple[list[int], list[list[Sample]], list[float | None], Breakdown]:
         """The first `batch_rows` groups to be whole, of those carried on and those of this round's prompts, as `_groups` has
@@ -343,25 +357,17 @@ class Rounds:
                     whole.append(q)
             return len(whole) >= wanted
 
-        sampling = Sampling(**asdict(self.sampling) | {"seed": seed, "stop": self.sampling.stop})
-        for (q, s), drawn in zip(rows, engine.sample(first, sampling, rows, begun=begun, until=enough)):
+        for (q, s), drawn in zip(rows, engine.sample(first, self._seeded(seed), rows, begun=begun, until=enough)):
             _refuse_unfit(drawn, version)
             going[q].samples[s] = self._longer(policy, going[q].samples[s], drawn)
         chosen = whole[:wanted]
-        plain: list[Trajectory] = []
-        if self.greedy:
-            greedy = Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
-            plain = engine.sample([prompts[q] for q in chosen], greedy, [(q, 0) for q in chosen])
+        plain = self._greedily(engine, [prompts[q] for q in chosen])
         for node in (*below, *prompts):
             engine.free(node)
         self.carried = [c for q, c in enumerate(going) if q not in chosen]
-        asked, size = [going[q].question for q in chosen], self.group_size
-        said = [s if s.stale(version) else replace(s, drawn_by=()) for q in chosen for s in going[q].samples] + [_said(policy, (), t) for t in plain]
-        owner = [i for i in range(wanted) for _ in range(size)] + list(range(len(plain)))
-        groups = [q if i < wanted * size else wanted + q for i, q in enumerate(owner)]
-        samples, found = self.judged(policy, said, [asked[q] for q in owner], groups)
-        split = [samples[q * size : (q + 1) * size] for q in range(wanted)]
-        return asked, split, [s.worth for s in samples[wanted * size :]], found
+        asked = [going[q].question for q in chosen]
+        said = [s if s.stale(version) else replace(s, drawn_by=()) for q in chosen for s in going[q].samples]
+        return asked, *self._judged_groups(policy, said, [_said(policy, (), t) for t in plain], asked)
 
     def _longer(self, policy: Any, before: Sample, drawn: Trajectory) -> Sample:
         """What there was of a completion with what was drawn now."""
