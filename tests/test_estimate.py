@@ -202,8 +202,8 @@ def test_a_stage_that_draws_takes_what_its_miniature_says(
 
 def test_a_budget_ends_the_estimate_where_it_ends_the_stage_and_no_weight_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(miniature, "PROBE_S", 0.2)
-    Path("r.yaml").write_text(DRAWING.format(name="b", method="dapo"), encoding="utf-8")
+    # so few rows that the miniature asks them all, whatever the machine's mood: how many it asks changes their mean length
+    Path("r.yaml").write_text(DRAWING.format(name="b", method="dapo").replace("batch_rows: 16", "batch_rows: 4"), encoding="utf-8")
     policies: list[Any] = []
     load = module.load_policy
     monkeypatch.setattr(module, "load_policy", lambda *given, **named: policies.append(load(*given, **named)) or policies[-1])
@@ -213,10 +213,9 @@ def test_a_budget_ends_the_estimate_where_it_ends_the_stage_and_no_weight_moves(
     part = estimate("r.yaml", [*more, f"stages.rl.budget.tokens={limit}"])["stages"][1]
     spent = sum(p["tokens"] for p in part["phases"])
     assert spent == pytest.approx(limit, rel=0.02) and "budget.tokens ends the stage" in phases(part)["train"]["assumed"]
-    # how many answers the probe sees depends on the machine's mood, and their mean length with it
-    assert phases(part)["screen"]["tokens"] == pytest.approx(phases(whole)["screen"]["tokens"], rel=0.2)
+    assert phases(part)["screen"]["tokens"] == phases(whole)["screen"]["tokens"]
     screen, drawn = phases(whole)["screen"], phases(whole)["rollouts"]
-    assert screen["tokens"] == pytest.approx(drawn["tokens"] * 256 * 4 / (400 * 16 * 8), rel=0.01)
+    assert screen["tokens"] == pytest.approx(drawn["tokens"] * 256 * 4 / (400 * 4 * 8), rel=0.01)
     fresh = load("spark", dtype="float32", probe=False).model
     assert policies and all(torch.equal(a, b) for p in policies for a, b in zip(p.model.parameters(), fresh.parameters()))
 
