@@ -1,6 +1,6 @@
 """What each decision about a process is worth: the same SFT steps with it undone and with it, in fresh processes taken in turn.
 
-    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters windows] [--rounds 3] [--steps 8]
+    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters windows draw] [--rounds 3] [--steps 8]
 
     shapes      oneDNN and torch's wrapper keep 1,024 shapes of products each, or 32
     pages       memory in pages of 2 MB where the system has them, or of 4 kB
@@ -8,6 +8,7 @@
     collection  modules and vocabulary loaded with garbage collection, or without
     adapters    LoRA as peft computes it, or in the layer's own products (all others train every weight)
     windows     the backward of sliding windows by the stock kernel, or by half-precision products where those are faster (rows of 600 to 1,000 tokens)
+    draw        tokens drawn by torch's operations, or by two kernels (a step is 64 tokens of one row, sampled)
 
 Rows have new lengths in every step. Prints medians over rounds of the load, of a step (the first left out), and of the process's peak; the losses of
 all steps must be equal to 1e-2 relative (bf16 weights that rounded apart), else it exits with 1. The default model is random: 32,000 words, hidden 384, six layers.
@@ -39,6 +40,7 @@ UNDONE: dict[str, dict[str, str]] = {
     "collection": {},
     "adapters": {},
     "windows": {},
+    "draw": {},
 }
 
 
@@ -75,6 +77,8 @@ def child(model: str, name: str, undone: bool, steps: int) -> dict[str, Any]:
             return replace(kernel, backward=lambda *a: (blocks._stock_backward if isinstance(a[6], blocks.Band) else kernel.backward)(*a))
 
         blocks._half_kernel = stock  # type: ignore[assignment]
+    if name == "draw":
+        return drawn(model, undone, steps)
     begin = time.perf_counter()
     sft.prepare(model=model, mode="lora" if name == "adapters" else "full", threads=2)
     load = time.perf_counter() - begin
@@ -85,6 +89,29 @@ def child(model: str, name: str, undone: bool, steps: int) -> dict[str, Any]:
         "load_s": load, "step_s": statistics.median(d["seconds"] for d in done[1:]), "peak_gb": memory("VmHWM") / 1e9,
         "losses": [d["loss"] for d in done],
     }  # fmt: skip
+
+
+def drawn(model: str, undone: bool, steps: int) -> dict[str, Any]:
+    """Sampling in place of training; what must be equal is the log-probability of the first four tokens of each row."""
+    from benchmarks.protocol import memory
+    from burnish.core.records import Sampling
+    from burnish.engines.local import sampling
+    from burnish.engines.local.engine import LocalEngine
+    from burnish.models.load import load_policy
+
+    if undone:
+        sampling.kernels_for = lambda *given: None  # type: ignore[assignment]
+    begin = time.perf_counter()
+    engine = LocalEngine(load_policy(model))
+    engine.end_ids = ()  # so that every row is as long
+    node = engine.prefill(range(100, 164))
+    load, seconds, logprobs = time.perf_counter() - begin, [], []
+    for i in range(steps):
+        begin = time.perf_counter()
+        (row,) = engine.sample([node], Sampling(max_new_tokens=64, seed=1), [(i, 0)])
+        seconds.append(time.perf_counter() - begin)
+        logprobs.append(sum(row.logprobs[:4]))
+    return {"load_s": load, "step_s": statistics.median(seconds[1:]), "peak_gb": memory("VmHWM") / 1e9, "losses": logprobs}
 
 
 def main() -> None:

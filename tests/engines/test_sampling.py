@@ -10,6 +10,8 @@ from torch import Tensor
 
 from burnish.core.records import Sampling
 from burnish.engines.local.sampling import TWO_LEVELS_FROM, draw, floor_of, gumbel, row_keys
+from burnish.maths.head import LogitMap
+from burnish.maths.kernels import kernels_for
 from tests.engines.chi_square import chi_square
 
 MASK = 2**64 - 1
@@ -111,6 +113,24 @@ def test_a_row_draws_the_same_beside_any_others(vocabulary: int) -> None:
         whole, _ = draw(logits.clone(), sampling, keys, positions)
         shuffled, _ = draw(logits[order], sampling, keys[order], positions[order])
         assert torch.equal(shuffled, whole[order])
+
+
+@pytest.mark.skipif(kernels_for(torch.float32) is None, reason="no kernels here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(1.5, 20.0)])
+def test_the_kernels_draw_what_torch_draws(dtype: torch.dtype, logit_map: LogitMap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same hash, lanes, blocks and map: of 2,000 tokens all but those within a rounding of a tie are the same."""
+    head = (3 * torch.randn(40, TWO_LEVELS_FROM + 700, generator=torch.Generator().manual_seed(5))).to(dtype)
+    keys = torch.from_numpy(row_keys(4, [(i, i) for i in range(2000)]))
+    rows = torch.arange(40).repeat_interleave(50)
+    for heat in (0.7, 1.0):
+        given = head.clone(), Sampling(temperature=heat), keys, torch.arange(2000), logit_map, rows
+        (ours, logprob), _ = draw(*given), monkeypatch.setattr("burnish.engines.local.sampling.kernels_for", lambda *a: None)
+        plain, want = draw(head.clone(), *given[1:])
+        monkeypatch.undo()
+        same = ours == plain
+        assert int((~same).sum()) <= 2 and len(ours.unique()) > 100
+        assert torch.allclose(logprob[same], want[same], atol=1e-4)
 
 
 def test_greedy_is_argmax_and_its_logprob_the_models() -> None:

@@ -120,7 +120,7 @@ EACH_TYPE(NORM_ROW)
 /* x [n, h] += y, or += norm(y) where `after`; then out = norm(x) where `before`. y and out may be NULL. */
 #define ADD_NORM(T, S) \
 void add_norm_##S(T *x, const T *y, const float *after, const float *before, int64_t n, int64_t h, float epsilon, int late, T *out) { \
-    _Pragma("omp parallel for schedule(static)") \
+    _Pragma("omp parallel for schedule(static) if(n > 1)") \
     for (int64_t i = 0; i < n; i++) { \
         T *row = x + i * h; \
         if (y) { const T *more = y + i * h; T kept[after ? h : 1]; \
@@ -196,7 +196,7 @@ EACH_TYPE(GATE_BACKWARD)
 /* out [n, h] = act(both[:, :h]) * both[:, h:], act = silu (0) or gelu with tanh (1) */
 #define GATED(T, S) \
 void gated_##S(const T *both, int64_t n, int64_t h, int gelu, T *out) { \
-    _Pragma("omp parallel for schedule(static)") \
+    _Pragma("omp parallel for schedule(static) if(n > 1)") \
     for (int64_t i = 0; i < n; i++) { \
         const T *gate = both + 2 * i * h, *up = gate + h; T *row = out + i * h; \
         if (gelu) for (int64_t j = 0; j < h; j++) row[j] = narrow_##S(wide_##S(narrow_##S(act(wide_##S(gate[j]), 1))) * wide_##S(up[j])); \
@@ -268,28 +268,56 @@ static inline float gumbel(uint64_t bits) {
     return -logarithm(u < 0.03f ? small : large);
 }
 
+/* log sum exp of x [v] */
+static inline float lse_of(const float *x, int64_t v) {
+    float top = largest_f32(x, 0, v), s = 0;
+    for (int64_t j = 0; j < v; j++) s += exponential(x[j] - top);
+    return top + logf(s);
+}
+
+/* argmax_j x[j] cold + Gumbel noise of (state, lane + j) */
+static const uint64_t golden = 0x9E3779B97F4A7C15ull;
+static inline int64_t loudest(const float *x, int64_t v, float cold, uint64_t state, uint64_t lane) {
+    float best = -INFINITY; int64_t at = 0; float y[64];
+    for (int64_t a = 0; a < v; a += 64) {
+        int64_t w = v - a < 64 ? v - a : 64;
+        for (int64_t j = 0; j < w; j++) y[j] = x[a + j] * cold + gumbel(mixed(state + (lane + (uint64_t)(a + j)) * golden));
+        for (int64_t j = 0; j < w; j++) if (y[j] > best) { best = y[j]; at = a + j; } }
+    return at;
+}
+
 /* tokens [m] = argmax_j z[row, j] / heat + Gumbel noise of (key, position, j), and their log-probabilities at heat 1 under z's own
    softmax; z [n, v] mapped logits in float. lse [n] is written. */
 void draw_f32(const float *z, int64_t n, int64_t v, const int64_t *row, const int64_t *key, const int64_t *position, int64_t m, float heat,
               float *lse, int64_t *token, float *logprob) {
-    const uint64_t golden = 0x9E3779B97F4A7C15ull;
-    float cold = 1.0f / heat;
     _Pragma("omp parallel") {
     _Pragma("omp for schedule(static)")
-    for (int64_t i = 0; i < n; i++) {
-        const float *x = z + i * v; float top = largest_f32(x, 0, v), s = 0;
-        for (int64_t j = 0; j < v; j++) s += exponential(x[j] - top);
-        lse[i] = top + logf(s); }
+    for (int64_t i = 0; i < n; i++) lse[i] = lse_of(z + i * v, v);
     _Pragma("omp for schedule(static)")
     for (int64_t i = 0; i < m; i++) {
-        const float *x = z + row[i] * v; uint64_t state = mixed((uint64_t)key[i] + (uint64_t)position[i] * golden);
-        float best = -INFINITY; int64_t at = 0; float y[64];
-        for (int64_t a = 0; a < v; a += 64) {
-            int64_t w = v - a < 64 ? v - a : 64;
-            for (int64_t j = 0; j < w; j++) y[j] = x[a + j] * cold + gumbel(mixed(state + (uint64_t)(a + j) * golden));
-            for (int64_t j = 0; j < w; j++) if (y[j] > best) { best = y[j]; at = a + j; } }
-        token[i] = at; logprob[i] = x[at] - lse[row[i]]; } }
+        const float *x = z + row[i] * v;
+        token[i] = loudest(x, v, 1.0f / heat, mixed((uint64_t)key[i] + (uint64_t)position[i] * golden), 0);
+        logprob[i] = x[token[i]] - lse[row[i]]; } }
 }
+
+/* The same in two levels from `block_lse`'s own and warm [n, blocks]: the block, then the token in it, noise of lanes from `second` on.
+   z [n, v] logits before the map. lse [n] is written. */
+#define DRAW_BLOCKS(T, S) \
+void draw_blocks_##S(const T *z, int64_t n, int64_t v, int64_t width, float scale, float cap, float heat, const float *own, const float *warm, \
+                     const int64_t *row, const int64_t *key, const int64_t *position, int64_t m, int64_t second, \
+                     float *lse, int64_t *token, float *logprob) { \
+    int64_t blocks = (v + width - 1) / width; \
+    for (int64_t i = 0; i < n; i++) lse[i] = lse_of(own + i * blocks, blocks); \
+    _Pragma("omp parallel for schedule(static) if(m > 1)") \
+    for (int64_t i = 0; i < m; i++) { \
+        uint64_t state = mixed((uint64_t)key[i] + (uint64_t)position[i] * golden); \
+        int64_t a = width * loudest(warm + row[i] * blocks, blocks, 1.0f, state, 0), w = v - a < width ? v - a : width; \
+        const T *x = z + row[i] * v + a; float y[width]; \
+        for (int64_t j = 0; j < w; j++) y[j] = mapped(wide_##S(x[j]), scale, cap, heat); \
+        int64_t at = loudest(y, w, 1.0f, state, (uint64_t)second); \
+        token[i] = a + at; logprob[i] = mapped(wide_##S(x[at]), scale, cap, 1.0f) - lse[row[i]]; } \
+}
+EACH_TYPE(DRAW_BLOCKS)
 
 /* y [n, all] = x [n, in] W^T (+ bias), n at most 4, of several weights [out, in] that read the same rows, side by side in y. Such a
    product is bound by reading the weights: each thread walks several places of its share at once and asks for what lies a kilobyte

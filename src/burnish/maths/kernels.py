@@ -48,6 +48,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gate_backward": (_POINTER, _POINTER, _POINTER, _INT, ctypes.c_int, _POINTER, _POINTER),
     "few_rows": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER),
     "adamw": (*(_POINTER,) * 5, _INT, *(_FLOAT,) * 8),
+    "draw_blocks": (_POINTER, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, *(_POINTER,) * 5, _INT, _INT, _POINTER, _POINTER, _POINTER),
     "draw": (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _POINTER),
     "decode": (
         *(_POINTER, _POINTER, _FLOAT, ctypes.c_int, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
@@ -137,8 +138,9 @@ class Kernels:
 
     def gated(self, both: Tensor, gelu: bool) -> Tensor:
         """act(both[:, :h]) * both[:, h:], both [n, 2 h]; act is silu, or gelu in its tanh form."""
-        out = both.new_empty(len(both), both.shape[1] // 2)
-        self._run["gated"](both.data_ptr(), *out.shape, gelu, out.data_ptr())
+        n, width = both.shape
+        out = torch.empty(n, width // 2, dtype=self.dtype)
+        self._run["gated"](both.data_ptr(), n, width // 2, gelu, out.data_ptr())
         return out
 
     def few_rows(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
@@ -149,11 +151,12 @@ class Kernels:
         where = (_POINTER * count)(*(w.data_ptr() for w in kept))
         added = (_POINTER * count)(*(None if b is None else b.data_ptr() for b in biases))
         outs = (_INT * count)(*(len(w) for w in kept))
-        total, width = sum(outs), kept[0].shape[1]
+        total, width, few = sum(outs), kept[0].shape[1], self._run["few_rows"]
 
         def run(x: Tensor) -> Tensor:
-            out = x.new_empty(len(x), total)
-            self._run["few_rows"](x.data_ptr(), len(x), width, count, where, added, outs, out.data_ptr())
+            n = x.shape[0]
+            out = torch.empty(n, total, dtype=self.dtype)
+            few(x.data_ptr(), n, width, count, where, added, outs, out.data_ptr())
             return out
 
         run.__dict__["holds"] = kept, list(biases)
@@ -183,6 +186,21 @@ class Kernels:
         )  # fmt: skip
         return token, logprob
 
+    def draw_blocks(
+        self, z: Tensor, width: int, scale: float, softcap: float | None, temperature: float, own: Tensor, warm: Tensor, row: Tensor, key: Tensor,
+        position: Tensor, second: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `draw`, in two levels: the block by `block_lse`'s own and warm [n, blocks], then the token in it, with noise of the lanes
+        from `second` on. z [n, v] as it was given to `block_lse`, temperature above 0."""
+        n, m = z.shape[0], row.shape[0]
+        token = torch.empty(m, dtype=torch.int64)
+        logprob, lse = torch.empty(m), torch.empty(n)
+        self._run["draw_blocks"](
+            z.data_ptr(), n, z.shape[1], width, scale, softcap or 0.0, temperature, own.data_ptr(), warm.data_ptr(), row.data_ptr(), key.data_ptr(),
+            position.data_ptr(), m, second, lse.data_ptr(), token.data_ptr(), logprob.data_ptr(),
+        )  # fmt: skip
+        return token, logprob
+
     def decode(
         self, qkv: Tensor, weights: Tensor | None, epsilon: float, late: bool, cos: Tensor | None, sin: Tensor | None,
         keys: Tensor, values: Tensor, length: Tensor, heads: int, scale: float, window: int | None, softcap: float | None, merged: bool,
@@ -193,7 +211,7 @@ class Kernels:
         its first half; or None) in place. keys, values [R, Hk, S, D]; length [n] int64, the keys each slot holds before.
         -> out [n, H, D] and, where `merged`, in float32 with lse [n, H], to be merged with blocks of other keys."""
         kv_heads, size, width = keys.shape[1:]
-        n = len(qkv)
+        n = qkv.shape[0]
         out = torch.empty(n, heads, width, dtype=torch.float32 if merged else qkv.dtype)
         lse = torch.empty(n, heads) if merged else None
         self._run["decode"](
@@ -313,6 +331,9 @@ def _agrees(kernels: Kernels, dtype: torch.dtype) -> list[bool]:
         agree += [close(got, torch.cat([F.linear(x.float(), a.float()), F.linear(x.float(), b.float(), bias.float())], -1))]
     plain = z.float()
     token, logprob = kernels.draw(plain, torch.tensor([0, 2, 2, 4]), torch.arange(4), torch.full((4,), 7), 0.7)
+    agree += [close(logprob, plain.log_softmax(-1)[torch.tensor([0, 2, 2, 4]), token])]
+    own, warm = kernels.block_lse(z, 16, 1.0, None, 0.7)
+    token, logprob = kernels.draw_blocks(z, 16, 1.0, None, 0.7, own, warm, torch.tensor([0, 2, 2, 4]), torch.arange(4), torch.full((4,), 7), 1 << 32)
     agree += [close(logprob, plain.log_softmax(-1)[torch.tensor([0, 2, 2, 4]), token])]
     weight, gradient = plain + 1e-3, plain.flip(0)
     high, low = halves(weight)

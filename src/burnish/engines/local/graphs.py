@@ -153,7 +153,7 @@ class StaticDecode(Decode):
         self._shortest = 0
         self._length = length
         self._rows = torch.arange(self.n, device=self.device)
-        self._seen, self._bias, self._places, self._pairs = {}, {}, {}, {}
+        self._seen, self._bias, self._places, self._launched = {}, {}, {}, {}
         self._held = np.full(self.n, span - 1)  # FLOPs are counted once, at the capture, for the longest rows it serves
 
 

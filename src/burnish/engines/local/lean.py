@@ -97,13 +97,13 @@ class Matrix:
         few = _few(weights, biases) if all(w is m.weight for w, m in zip(weights, self.modules)) else None
         if weights[0].dtype == torch.bfloat16 and reorders(weights[0].device.type):
             run = _reordered(weights[0] if len(weights) == 1 else torch.cat(weights))
-            self.run = lambda x: few(x) if few is not None and len(x) <= FEW else run(x, bias)
+            self.run = lambda x: few(x) if few is not None and x.shape[0] <= FEW else run(x, bias)
         elif len(weights) == 1 or self.copied:
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self.run = lambda x: few(x) if few is not None and len(x) <= FEW else F.linear(x, weight, bias)
+            self.run = lambda x: few(x) if few is not None and x.shape[0] <= FEW else F.linear(x, weight, bias)
         else:  # a large model in full precision: its own tensors, product by product
             pairs = list(zip(weights, biases))
-            self.run = lambda x: few(x) if few is not None and len(x) <= FEW else torch.cat([F.linear(x, w, b) for w, b in pairs], -1)
+            self.run = lambda x: few(x) if few is not None and x.shape[0] <= FEW else torch.cat([F.linear(x, w, b) for w, b in pairs], -1)
 
 
 # ---- norms and rotations --------------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ class Weights:
         run = _reordered(weight) if weight.dtype == torch.bfloat16 and reorders(weight.device.type) else None
 
         def head(hidden: Tensor) -> Tensor:
-            if few is not None and len(hidden) <= FEW:
+            if few is not None and hidden.shape[0] <= FEW:
                 return few(hidden)
             return F.linear(hidden, weight, bias) if run is None else run(hidden, bias)
 

@@ -290,7 +290,7 @@ class Decode:
         self._seen: dict[int | None, tuple[int, Tensor]] = {}
         self._bias: dict[tuple[int | None, int, int], Tensor] = {}
         self._places: dict[tuple[int, int], Tensor] = {}
-        self._pairs: dict[int | None, np.ndarray] = {}
+        self._launched: dict[tuple[int | None, int], tuple[np.ndarray, int]] = {}  # (FLOPs of each row, of all) of a window and width
         self._held = length.copy()
 
     def _place(self, kv_heads: int, size: int) -> Tensor:
@@ -363,21 +363,27 @@ class Decode:
 
         One pass over each row's own keys and values, no longer than the row; see maths.kernels.Kernels.decode."""
         heads, kv_heads, width = sizes
-        likeness = qkv[:1].view(1, -1, width)[:, :kv_heads].transpose(0, 1)
-        keys, values = self.arena.row_slots(layer, likeness, likeness)
+        held = self.arena.slots.get(layer)
+        if held is None:
+            likeness = qkv[:1].view(1, -1, width)[:, :kv_heads].transpose(0, 1)
+            held = self.arena.row_slots(layer, likeness, likeness)
+        keys, values = held
         cos, sin = turn or (None, None)
         out, lse = kernels.decode(
             qkv, weights, epsilon, late, cos, sin, keys, values, self._length, heads, scale, window, softcap, merged=bool(self.shared)
         )
-        if window not in self._pairs:
-            self._pairs[window] = self._held + 1 if window is None else np.minimum(self._held + 1, window)
-        flops = 4 * heads * width * self._pairs[window]
+        name = window, heads * width
+        if name not in self._launched:
+            pairs = 4 * heads * width * (self._held + 1 if window is None else np.minimum(self._held + 1, window))
+            self._launched[name] = pairs, int(pairs.sum())
+        flops, total = self._launched[name]
         if lse is not None:
+            flops = flops.copy()
             q = qkv.view(self.n, -1, width)[:, :heads]
             attend_shared(self.shared, *self.arena.nodes[layer], q, out, lse, scale, window, softcap, flops)
-            out = out.to(qkv.dtype)
+            out, total = out.to(qkv.dtype), int(flops.sum())
         self.flops_of += flops
-        self.flops += int(flops.sum())
+        self.flops += total
         return out.view(self.n, -1)
 
     def _alone(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

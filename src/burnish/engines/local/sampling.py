@@ -166,12 +166,8 @@ def _draw_by_blocks(
     own, warm = kernels.block_lse(head, width, cool.scale, cool.softcap, heat or 1.0)
     if heat == 0:
         token = head.argmax(-1)[rows]
-    else:
-        block = gumbel(key, position, warm.shape[-1]).add_(warm[rows]).argmax(-1)
-        inside = block[:, None] * width + torch.arange(width, device=head.device)
-        z = cool(head[rows[:, None], inside.clamp_max(vocabulary - 1)].float()).div_(heat).masked_fill_(inside >= vocabulary, -torch.inf)
-        token = block * width + gumbel(key, position, width, _SECOND_LEVEL).add_(z).argmax(-1)
-    return token, cool(head[rows, token].float()) - own.logsumexp(-1)[rows]
+        return token, cool(head[rows, token].float()) - own.logsumexp(-1)[rows]
+    return kernels.draw_blocks(head, width, cool.scale, cool.softcap, heat, own, warm, rows, key, position, _SECOND_LEVEL)
 
 
 def _draw(logits: Tensor, sampling: Sampling, key: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
