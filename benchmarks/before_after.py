@@ -1,6 +1,6 @@
 """What each decision about a process is worth: the same SFT steps with it undone and with it, in fresh processes taken in turn.
 
-    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters windows draw] [--rounds 3] [--steps 8]
+    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters windows draw halves] [--rounds 3] [--steps 8]
 
     shapes      oneDNN and torch's wrapper keep 1,024 shapes of products each, or 32
     pages       memory in pages of 2 MB where the system has them, or of 4 kB
@@ -9,6 +9,7 @@
     adapters    LoRA as peft computes it, or in the layer's own products (all others train every weight)
     windows     the backward of sliding windows by the stock kernel, or by half-precision products where those are faster (rows of 600 to 1,000 tokens)
     draw        tokens drawn by torch's operations, or by two kernels (a step is 64 tokens of one row, sampled)
+    halves      a bf16 model's weights that are computed with in float32, read by few rows as float32, or as bf16 (a step as for draw)
 
 Rows have new lengths in every step. Prints medians over rounds of the load, of a step (the first left out), and of the process's peak; the losses of
 all steps must be equal to 1e-2 relative (bf16 weights that rounded apart), else it exits with 1. The default model is random: 32,000 words, hidden 384, six layers.
@@ -41,6 +42,7 @@ UNDONE: dict[str, dict[str, str]] = {
     "adapters": {},
     "windows": {},
     "draw": {},
+    "halves": {},
 }
 
 
@@ -77,8 +79,8 @@ def child(model: str, name: str, undone: bool, steps: int) -> dict[str, Any]:
             return replace(kernel, backward=lambda *a: (blocks._stock_backward if isinstance(a[6], blocks.Band) else kernel.backward)(*a))
 
         blocks._half_kernel = stock  # type: ignore[assignment]
-    if name == "draw":
-        return drawn(model, undone, steps)
+    if name in ("draw", "halves"):
+        return drawn(model, name, undone, steps)
     begin = time.perf_counter()
     sft.prepare(model=model, mode="lora" if name == "adapters" else "full", threads=2)
     load = time.perf_counter() - begin
@@ -91,18 +93,24 @@ def child(model: str, name: str, undone: bool, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def drawn(model: str, undone: bool, steps: int) -> dict[str, Any]:
+def drawn(model: str, name: str, undone: bool, steps: int) -> dict[str, Any]:
     """Sampling in place of training; what must be equal is the log-probability of the first four tokens of each row."""
     from benchmarks.protocol import memory
     from burnish.core.records import Sampling
-    from burnish.engines.local import sampling
+    from burnish.engines.local import lean, sampling
     from burnish.engines.local.engine import LocalEngine
     from burnish.models.load import load_policy
 
-    if undone:
+    if undone and name == "draw":
         sampling.kernels_for = lambda *given: None  # type: ignore[assignment]
+    if undone and name == "halves":
+        lean.halves_weights = lambda *given: False  # type: ignore[assignment]
     begin = time.perf_counter()
-    engine = LocalEngine(load_policy(model))
+    policy = load_policy(model, dtype="float32" if name == "halves" else "auto")
+    if name == "halves":
+        for p in policy.model.parameters():
+            p.data.copy_(p.bfloat16())  # as a bf16 file's; the random model's are not
+    engine = LocalEngine(policy)
     engine.end_ids = ()  # so that every row is as long
     node = engine.prefill(range(100, 164))
     load, seconds, logprobs = time.perf_counter() - begin, [], []

@@ -18,6 +18,7 @@ from burnish.engines.local import rollout as rollout_module
 from burnish.engines.local.engine import LocalEngine
 from burnish.maths.kernels import FEW, Kernels, kernels_for
 from burnish.models.adapters import lora
+from burnish.models.policy import Policy
 from tests.engines.chi_square import chi_square
 from tests.engines.policies import generated, own_logprobs, policy, prompts, reference
 
@@ -400,6 +401,44 @@ def test_a_few_rows_read_the_weights_where_they_lie_and_agree(name: str, monkeyp
     monkeypatch.setattr(Kernels, "few_rows", counted)
     got = run(LocalEngine(policy(name)), given, WARM)
     assert calls and max(calls) <= FEW
+    assert [t.completion for t in got] == [t.completion for t in want]
+    for x, y in zip(got, want):
+        assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
+
+
+@pytest.mark.skipif(kernels_for(torch.float32) is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_weights_that_are_bf16s_numbers_are_read_as_such_until_they_are_trained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[torch.dtype] = []
+    few_rows = Kernels.few_rows
+
+    def seen(self: Kernels, weights: Any, biases: Any) -> Any:
+        read.append(weights[0].dtype)
+        return few_rows(self, weights, biases)
+
+    monkeypatch.setattr(Kernels, "few_rows", seen)
+    monkeypatch.setattr(lean, "FEW_FROM_BYTES", 0)
+    LocalEngine(policy(name))
+    assert read and set(read) == {torch.float32}  # random numbers of float32 are none of bf16's
+
+    def rounded() -> Policy:
+        model = policy(name)
+        with torch.no_grad():
+            for p in model.model.parameters():
+                p.copy_(p.bfloat16())
+        return model
+
+    read.clear()
+    model, given = rounded(), prompts(3)
+    engine = LocalEngine(model)
+    got = run(engine, given, WARM)
+    assert read and set(read) == {torch.bfloat16}
+    read.clear()
+    model.version += 1
+    engine.sample([engine.prefill(given[0])], WARM, [(0, 0)])
+    assert read and set(read) == {torch.float32}
+    monkeypatch.setattr(lean, "halves_weights", lambda policy: False)
+    want = run(LocalEngine(rounded()), given, WARM)
     assert [t.completion for t in got] == [t.completion for t in want]
     for x, y in zip(got, want):
         assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)

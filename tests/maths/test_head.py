@@ -651,7 +651,7 @@ def test_effective_weight_refuses_what_no_matrix_describes() -> None:
 
 
 def test_tiles_smaller_than_the_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(head_module._TILE, "cpu", 3 * V)
+    monkeypatch.setitem(head_module.TILE, "cpu", 3 * V)
     for logit_map in ("identity", "all"):
         agree(Case(), "token", logit_map=MAPS[logit_map])
     case = Case(dtype=torch.bfloat16)

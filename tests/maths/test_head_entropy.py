@@ -48,7 +48,7 @@ def test_any_chunk_size_and_row_order_gives_the_same(shuffled: bool, rows: int |
 
 
 def test_tiles_and_a_sink_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("burnish.maths.head._TILE", {"cpu": 3 * V})
+    monkeypatch.setattr("burnish.maths.head.TILE", {"cpu": 3 * V})
     case = Case()
     whole = both(case, "token", MAPS["softcap"])[1]
     sink = torch.zeros_like(case.weight, dtype=torch.float64).detach()

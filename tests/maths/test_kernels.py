@@ -108,6 +108,16 @@ def test_few_rows_are_the_products_side_by_side(dtype: torch.dtype, rows: int, w
     assert not torch.equal(run(x)[:, 6].double(), want[:, 6])
 
 
+@pytest.mark.parametrize("rows", range(1, kernels.FEW + 1))
+def test_rows_in_full_precision_may_read_halved_weights(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weights = [torch.randn(n, 200, generator=generator).bfloat16() for n in (64, 37)]
+    bias, x = torch.randn(37, generator=generator), torch.randn(rows, 200, generator=generator)
+    want = torch.cat([x.double() @ weights[0].double().T, F.linear(x.double(), weights[1].double(), bias.double())], -1)
+    got = made(torch.float32).few_rows(weights, [None, bias])(x)
+    assert got.dtype == torch.float32 and torch.allclose(got.double(), want, atol=2e-5)
+
+
 def test_they_are_checked_where_there_is_no_graph() -> None:
     kernels._checked.cache_clear()
     with torch.no_grad():

@@ -59,9 +59,10 @@ def test_actions_are_tokens_steps_or_the_response() -> None:
 
 
 @pytest.mark.parametrize("trunk", ["shared", "separate"])
-@pytest.mark.parametrize("level", ["token", "step", "response"])
-def test_its_gradients_are_those_of_the_published_losses_on_separate_rows(level: str, trunk: str, tmp_path: Path) -> None:
-    policy, method, _ = offline(write_rows(tmp_path / "rows.jsonl"), {"name": "oreo", "level": level, "trunk": trunk, "kl_coef": 0.2}, batch_rows=6)
+@pytest.mark.parametrize(("level", "alpha"), [("token", 0.0), ("step", 0.7), ("response", 0.0)])
+def test_its_gradients_are_those_of_the_published_losses_on_separate_rows(level: str, alpha: float, trunk: str, tmp_path: Path) -> None:
+    given = {"name": "oreo", "level": level, "trunk": trunk, "kl_coef": 0.2, "exact_kl_coef": alpha}
+    policy, method, _ = offline(write_rows(tmp_path / "rows.jsonl"), given, batch_rows=6)
     method.start(policy, None, lambda: None)  # type: ignore[arg-type]
     critic = method.critic
     with torch.no_grad():  # away from the reference and from a critic that says nothing
@@ -82,16 +83,18 @@ def test_its_gradients_are_those_of_the_published_losses_on_separate_rows(level:
         for p in plain.parameters():
             p.mul_(1.01)
     weight, bias = (x.detach().clone().requires_grad_() for x in (critic.weight, critic.bias))
-    policy_loss = value_loss = torch.zeros(())
+    policy_loss = value_loss = whole = torch.zeros(())
     for i in method.sampler.batch(0):
         row, ends = method.prepared.rows[i], method.ends[i]
         ids = torch.tensor([row.ids])
         at = [k for k, trained in enumerate(row.trained) if trained and k]
         label = torch.tensor(label_ids(row))
         rows = torch.tensor(at) - 1
-        logprobs = plain(ids, use_cache=False).logits[0, rows].log_softmax(-1).gather(1, label[:, None])[:, 0]
+        every = plain(ids, use_cache=False).logits[0, rows].log_softmax(-1)
         with torch.no_grad():
-            ref = reference(ids, use_cache=False).logits[0, rows].log_softmax(-1).gather(1, label[:, None])[:, 0]
+            every_ref = reference(ids, use_cache=False).logits[0, rows].log_softmax(-1)
+        logprobs, ref = (x.gather(1, label[:, None])[:, 0] for x in (every, every_ref))
+        whole = whole + (every.exp() * (every - every_ref)).sum(-1).mean() / 6
         trunk_of = plain if trunk == "shared" else body
         hidden = trunk_of.model(ids, use_cache=False).last_hidden_state[0, rows]
         hidden = hidden.detach() if trunk == "shared" else hidden
@@ -106,8 +109,10 @@ def test_its_gradients_are_those_of_the_published_losses_on_separate_rows(level:
             scale = 1 / (6 * len(starts))
             policy_loss = policy_loss + scale * (value[t].detach() - target + 0.2 * gap[t] + 0.2 * later) ** 2
             value_loss = value_loss + scale * (value[t] - target + 0.2 * (gap[t].detach() + later)) ** 2
-    policy_loss.backward()
+    (policy_loss + alpha * whole).backward()
     assert distance(got, plain) < 1e-5
+    if alpha:
+        assert work.facts["exact_kl"] == pytest.approx(float(whole), rel=1e-3)
     value_loss.backward()
     assert critic.weight.grad is not None and critic.bias.grad is not None and weight.grad is not None and bias.grad is not None
     moved, wanted = torch.cat([critic.weight.grad[0], critic.bias.grad]), torch.cat([weight.grad[0], bias.grad])

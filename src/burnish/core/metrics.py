@@ -53,6 +53,7 @@ METRICS: dict[str, Metric] = {
     "stale_tokens": Metric("1", "share of the round's completion tokens that earlier weights drew", "lower"),
     "overlong_penalty": Metric("1", "what completions near max_new_tokens lose of their reward, on average over the round", "higher"),
     "kl": Metric("nats", "KL of the old policy from the reference, a token: mean of k3 over this step's tokens", "lower"),
+    "exact_kl": Metric("nats", "KL of the policy from the reference over the whole vocabulary, mean over this step's states", "lower"),
     "kl_coef": Metric("1", "what multiplied that KL in this step, where it adapts"),
     "entropy": Metric("nats", "exact entropy of the policy, mean over this step's tokens"),
     "entropy_coef": Metric("1", "what multiplied the entropy in this step"),

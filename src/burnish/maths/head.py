@@ -58,8 +58,8 @@ Fused = Callable[[Tensor, float, float | None, float, bool], tuple[Tensor, Tenso
 
 LOGITS_BYTES = 256 * 2**20  # of one chunk, where `rows` does not say
 FEWEST_ROWS = 64  # a narrower product is bound by reading the weight
-_TILE = {"cpu": 2**21}  # numbers worked on at once: 8 MB stay in cache between the elementwise passes
-_TILE_ELSEWHERE = 2**26  # where launches cost more than cache misses
+TILE = {"cpu": 2**21}  # numbers worked on at once: 8 MB stay in cache between the elementwise passes
+TILE_ELSEWHERE = 2**26  # where launches cost more than cache misses
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def head_loss(
         loss, logprobs, gradients = one_pass.run(objective, index, order, chunks, wanted)
     if not any(wanted):
         return loss, logprobs
-    return cast(Any, _Formed).apply(loss, gradients, one_pass.deferred, sink if wanted[1] else None, *inputs), logprobs
+    return cast(Any, Formed).apply(loss, gradients, one_pass.deferred, sink if wanted[1] else None, *inputs), logprobs
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def head_logprobs(
     limit = row_limit(len(label), weight, rows, weight_trained=False)
     one_pass = _Pass(hidden, weight, bias, label, logit_map, limit)
     out = torch.empty(len(label), dtype=one_pass.wide, device=hidden.device)
-    for part in _parts(slice(0, len(label)), limit):
+    for part in even_parts(slice(0, len(label)), limit):
         out[part] = one_pass.score(part, keep=False).logprob
     return out
 
@@ -186,7 +186,7 @@ def recomputed_rows(
 ) -> int:
     """How many of `count` head rows `head_loss` makes logits for twice, because more is coupled than a chunk holds."""
     limit = row_limit(count, weight, rows, weight_trained=weight.requires_grad)
-    parts = [_parts(chunk, limit) for chunk, _ in chunks_of(count, index, couple, limit)[1]]
+    parts = [even_parts(chunk, limit) for chunk, _ in chunks_of(count, index, couple, limit)[1]]
     return sum(p.stop - p.start for several in parts for p in several[:-1])
 
 
@@ -303,7 +303,7 @@ def _integers(values: Any) -> list[int]:
     return values.tolist()  # untyped in torch
 
 
-def _parts(rows: slice, limit: int) -> list[slice]:
+def even_parts(rows: slice, limit: int) -> list[slice]:
     """Even slices of at most `limit` rows."""
     count = rows.stop - rows.start
     pieces = ceil(count / limit)
@@ -359,7 +359,7 @@ class _Pass:
         rows, vocabulary = min(self.limit, len(self.label)), len(self.weight)
         self.wide = torch.promote_types(self.weight.dtype, torch.float32)
         self.narrow = self.weight.dtype != self.wide
-        self.tile = _TILE.get(self.weight.device.type, _TILE_ELSEWHERE)
+        self.tile = TILE.get(self.weight.device.type, TILE_ELSEWHERE)
         self.lines = max(1, self.tile // max(1, vocabulary))
         self.logits = self.weight.new_empty(rows, vocabulary)
         self.fused = fused_pass(self.weight.dtype, self.weight.device)
@@ -388,7 +388,7 @@ class _Pass:
         d_bias = loss.new_zeros(len(self.weight)) if wanted[2] else None
         logprobs = loss.new_empty(len(self.label) if index is None else len(index))
         for rows, entries in chunks:
-            parts = _parts(rows, self.limit)
+            parts = even_parts(rows, self.limit)
             scored = [self.score(part, keep=any(wanted)) for part in parts]
             of_rows = torch.cat([one.logprob for one in scored])
             local = None if index is None else index[entries] - rows.start
@@ -492,7 +492,7 @@ def add_product(total: Tensor, z: Tensor, hidden: Tensor, fresh: bool, tile: int
         (block.copy_ if fresh else block.add_)(product[: len(block)])
 
 
-class _Formed(torch.autograd.Function):
+class Formed(torch.autograd.Function):
     """A loss whose gradients already exist: backward returns them times the incoming gradient.
 
     With a sink, the weight's gradient is added there instead: formed already, or from its two factors, now.
@@ -519,7 +519,7 @@ class _Formed(torch.autograd.Function):
             ctx.to_sink = None  # logits of a chunk, or a gradient as large as the weight, would stay through the whole backward
         if deferred is not None:
             z, hidden = deferred
-            add_product(sink, z, hidden * g.to(hidden.dtype), False, _TILE.get(z.device.type, _TILE_ELSEWHERE))
+            add_product(sink, z, hidden * g.to(hidden.dtype), False, TILE.get(z.device.type, TILE_ELSEWHERE))
         elif formed is not None and g.device.type == "cpu":
             sink.add_(formed if g.item() == 1.0 else formed * g)
         elif formed is not None:

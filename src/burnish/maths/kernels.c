@@ -333,8 +333,9 @@ static inline vector sixteen_bf16(const bf16 *x) {
 }
 static inline float across(vector v) { float s = 0; for (int l = 0; l < 16; l++) s += v[l]; return s; }
 
-#define FEW(T, S, N, K) \
-static void few_##N##_##S(const float *x, int64_t in, const T *w, const T *bias, int64_t a, int64_t b, T *y, int64_t all) { \
+/* T, S: the weights' type and name; X, XS: that of rows, biases and results; NAME: of the pair */
+#define FEW(T, S, X, XS, NAME, N, K) \
+static void few_##N##_##NAME(const float *x, int64_t in, const T *w, const X *bias, int64_t a, int64_t b, X *y, int64_t all) { \
     int64_t apart = (b - a) / K, whole = in / 32 * 32; \
     for (int64_t i = 0; i < apart; i++) { \
         const T *row = w + (a + i) * in; vector sum[K][N]; \
@@ -348,31 +349,33 @@ static void few_##N##_##S(const float *x, int64_t in, const T *w, const T *bias,
         for (int k = 0; k < K; k++) for (int m = 0; m < N; m++) { \
             int64_t o = a + k * apart + i; float s = across(sum[k][m]); \
             for (int64_t j = whole; j < in; j++) s += x[m * in + j] * wide_##S(w[o * in + j]); \
-            y[m * all + o] = narrow_##S(bias ? s + wide_##S(bias[o]) : s); } } \
+            y[m * all + o] = narrow_##XS(bias ? s + wide_##XS(bias[o]) : s); } } \
     for (int64_t o = a + K * apart; o < b; o++) for (int m = 0; m < N; m++) { \
         float s = 0; for (int64_t j = 0; j < in; j++) s += x[m * in + j] * wide_##S(w[o * in + j]); \
-        y[m * all + o] = narrow_##S(bias ? s + wide_##S(bias[o]) : s); } \
+        y[m * all + o] = narrow_##XS(bias ? s + wide_##XS(bias[o]) : s); } \
 }
-#define FEW_EACH(T, S) FEW(T, S, 1, 8) FEW(T, S, 2, 4) FEW(T, S, 3, 4) FEW(T, S, 4, 4)
-EACH_TYPE(FEW_EACH)
+#define FEW_EACH(T, S, X, XS, NAME) FEW(T, S, X, XS, NAME, 1, 8) FEW(T, S, X, XS, NAME, 2, 4) FEW(T, S, X, XS, NAME, 3, 4) FEW(T, S, X, XS, NAME, 4, 4)
 
-#define FEW_ROWS(T, S) \
-void few_rows_##S(const T *x, int64_t n, int64_t in, int64_t parts, const T *const *weights, const T *const *biases, const int64_t *outs, T *y) { \
+#define FEW_ROWS(T, S, X, XS, NAME) \
+FEW_EACH(T, S, X, XS, NAME) \
+void few_rows_##NAME(const X *x, int64_t n, int64_t in, int64_t parts, const T *const *weights, const X *const *biases, const int64_t *outs, X *y) { \
     int64_t all = 0; for (int64_t p = 0; p < parts; p++) all += outs[p]; \
     float *wide = malloc(sizeof(float) * n * in); \
-    for (int64_t j = 0; j < n * in; j++) wide[j] = wide_##S(x[j]); \
+    for (int64_t j = 0; j < n * in; j++) wide[j] = wide_##XS(x[j]); \
     _Pragma("omp parallel") { \
         int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), at = 0; \
         for (int64_t p = 0; p < parts; at += outs[p++]) { \
             int64_t a = outs[p] * me / threads, b = outs[p] * (me + 1) / threads; \
             switch (n) { \
-                case 1: few_1_##S(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
-                case 2: few_2_##S(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
-                case 3: few_3_##S(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
-                default: few_4_##S(wide, in, weights[p], biases[p], a, b, y + at, all); } } } \
+                case 1: few_1_##NAME(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
+                case 2: few_2_##NAME(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
+                case 3: few_3_##NAME(wide, in, weights[p], biases[p], a, b, y + at, all); break; \
+                default: few_4_##NAME(wide, in, weights[p], biases[p], a, b, y + at, all); } } } \
     free(wide); \
 }
-EACH_TYPE(FEW_ROWS)
+FEW_ROWS(float, f32, float, f32, f32)
+FEW_ROWS(bf16, bf16, bf16, bf16, bf16)
+FEW_ROWS(bf16, bf16, float, f32, halved_f32)
 
 /* One AdamW step (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2) of a float32 master that is kept as the bfloat16 weight nearest
    to it, `high`, and the signed 16 bits `low` by which their bit patterns differ. `divide` clips the gradient; c1 and c2 are

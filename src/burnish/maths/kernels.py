@@ -34,7 +34,8 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_ONLY = {"draw": "f32", "adamw": "bf16"}  # sampling is in float32; a master in two parts is a bf16 weight's
+# sampling is in float32; a master in two parts is a bf16 weight's; halved weights are read by float32 rows
+_ONLY = {"draw": "f32", "adamw": "bf16", "few_rows_halved": "f32"}
 FEW = 4  # rows of `few_rows`
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -46,7 +47,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "norm_backward": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, ctypes.c_int, _POINTER, _POINTER),
     "gate": (_POINTER, _POINTER, _INT, ctypes.c_int, _POINTER),
     "gate_backward": (_POINTER, _POINTER, _POINTER, _INT, ctypes.c_int, _POINTER, _POINTER),
-    "few_rows": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER),
+    **dict.fromkeys(("few_rows", "few_rows_halved"), (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER)),
     "adamw": (*(_POINTER,) * 5, _INT, *(_FLOAT,) * 8),
     "draw_blocks": (_POINTER, _INT, _INT, _INT, _FLOAT, _FLOAT, _FLOAT, *(_POINTER,) * 5, _INT, _INT, _POINTER, _POINTER, _POINTER),
     "draw": (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _POINTER),
@@ -146,12 +147,12 @@ class Kernels:
     def few_rows(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
         """x [n, in] -> [n, sum of out], n at most FEW: the products with weights [out, in] side by side, read once where they lie.
 
-        About as fast as memory is: 1.2 to 1.4 times mkldnn's products of one row in bf16 (docs/notebook.md)."""
+        Rows and biases in float32 may have weights in bfloat16. About as fast as memory is: 1.2 to 1.4 times mkldnn's products of one row in bf16 (docs/notebook.md)."""
         kept, count = [w.detach() for w in weights], len(weights)  # keeps the storages alive: C holds their addresses
         where = (_POINTER * count)(*(w.data_ptr() for w in kept))
         added = (_POINTER * count)(*(None if b is None else b.data_ptr() for b in biases))
         outs = (_INT * count)(*(len(w) for w in kept))
-        total, width, few = sum(outs), kept[0].shape[1], self._run["few_rows"]
+        total, width, few = sum(outs), kept[0].shape[1], self._run["few_rows" if kept[0].dtype == self.dtype else "few_rows_halved"]
 
         def run(x: Tensor) -> Tensor:
             n = x.shape[0]
@@ -329,6 +330,8 @@ def _agrees(kernels: Kernels, dtype: torch.dtype) -> list[bool]:
         x = random(n, 40)
         got = kernels.few_rows((a, b), (None, bias))(x)
         agree += [close(got, torch.cat([F.linear(x.float(), a.float()), F.linear(x.float(), b.float(), bias.float())], -1))]
+        if dtype == torch.float32:
+            agree += [close(kernels.few_rows((a.bfloat16(),), (None,))(x), F.linear(x, a.bfloat16().float()))]
     plain = z.float()
     token, logprob = kernels.draw(plain, torch.tensor([0, 2, 2, 4]), torch.arange(4), torch.full((4,), 7), 0.7)
     agree += [close(logprob, plain.log_softmax(-1)[torch.tensor([0, 2, 2, 4]), token])]

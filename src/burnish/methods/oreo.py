@@ -24,6 +24,7 @@ from burnish.data.chat import Prepared
 from burnish.data.sampler import Sampler
 from burnish.forest.pack import Batch, Micro
 from burnish.forest.stream import Tree
+from burnish.maths.head_kl import head_kl, kl_flops
 from burnish.maths.offline import oreo_policy, oreo_value
 from burnish.maths.units import last_of_unit, numbered
 from burnish.models.critic import FILE, Critic
@@ -42,10 +43,10 @@ class Offline(Hooks):
 
     def __init__(
         self, prepared: Prepared, reward: Sequence[float], ends: Sequence[Sequence[bool]], sampler: Sampler, *, total_steps: int,
-        kl_coef: float, trunk: Literal["shared", "separate"], value_learning_rate: float | None,
+        kl_coef: float, exact_kl_coef: float, trunk: Literal["shared", "separate"], value_learning_rate: float | None,
     ) -> None:  # fmt: skip
         self.prepared, self.reward, self.ends, self.sampler, self.total_steps = prepared, reward, ends, sampler, total_steps
-        self.kl_coef, self.trunk, self.value_learning_rate = kl_coef, trunk, value_learning_rate
+        self.kl_coef, self.exact_kl_coef, self.trunk, self.value_learning_rate = kl_coef, exact_kl_coef, trunk, value_learning_rate
         self._critic: Critic | None = None
         self._reference: Reference | None = None
 
@@ -99,6 +100,7 @@ class Offline(Hooks):
         # each completion counts alike, and its actions alike within it
         actions = c["action_unit"].bincount(minlength=work.rows)
         c["weight"] = 1.0 / (work.rows * actions[c["action_unit"]])
+        c["state_weight"] = 1.0 / (work.rows * batch.unit.bincount(minlength=work.rows)[batch.unit])  # and its states
         value, reward = c["value"][first_of(c["action"])], c["reward"][c["action_unit"]]
         spread = float(reward.var(unbiased=False))
         work.facts |= emit(
@@ -130,15 +132,44 @@ class Offline(Hooks):
         def value_loss(rows: Tensor) -> Tensor:
             value = self.critic.value(rows)[micro.view.index.to(rows.device)]
             found = residual(oreo_value, seen.to(value), value, slice(0, len(seen)))
-            losses: dict[int, float] = work.facts.setdefault("_value_losses", {})
-            losses[int(micro.items[0])] = float(found.detach())  # by place: a micro-batch that is run again counts once
-            work.facts |= emit(value_loss=sum(losses.values()))
+            noted(work, "value_loss", micro, found)
             return found
 
-        on_rows = RowLoss(value_loss, self.critic.trains_body)
-        if self.critic.own is None:
-            return [Pass(policy, policy_loss, unit, on_rows)]
-        return [Pass(policy, policy_loss, unit), Pass(self.critic.own, None, on_rows=on_rows)]
+        of_value = RowLoss(value_loss, self.critic.trains_body)
+        of_kl = self._exact_kl(policy, work, micro) if self.exact_kl_coef else None
+        if self.critic.own is not None:
+            return [Pass(policy, policy_loss, unit, of_kl), Pass(self.critic.own, None, on_rows=of_value)]
+        return [Pass(policy, policy_loss, unit, of_value if of_kl is None else both(of_value, of_kl))]
+
+    def _exact_kl(self, policy: Policy, work: Work, micro: Micro) -> RowLoss:
+        """alpha times the KL of whole distributions at each state."""
+        assert self._reference is not None
+        view, weight = micro.view, work.columns["state_weight"][micro.items]
+        scale = torch.zeros(len(view.label)).index_add_(0, view.index, weight)
+        other, flops = self._reference.head(policy, micro)
+
+        def loss(rows: Tensor) -> Tensor:
+            found, kl = head_kl(policy.head(rows), other, self.exact_kl_coef * scale, sink=policy.head_sink())
+            noted(work, "exact_kl", micro, scale.to(kl) @ kl)
+            return found
+
+        vocabulary, hidden = policy.head_weight().shape
+        trained = policy.head_weight().requires_grad
+        return RowLoss(loss, True, flops + kl_flops(len(view.label), vocabulary, hidden, other.hidden.shape[1], weight_trained=trained))
+
+
+def noted(work: Work, name: str, micro: Micro, value: Tensor) -> None:
+    """A metric that is summed over micro-batches, by place: one that is run again counts once."""
+    parts: dict[int, float] = work.facts.setdefault(f"_{name}", {})
+    parts[int(micro.items[0])] = float(value.detach())
+    work.facts |= emit(**{name: sum(parts.values())})
+
+
+def both(held: RowLoss, through: RowLoss) -> RowLoss:
+    """Two objectives on the same rows, of which only `through` may reach the body where `held` may not."""
+    return RowLoss(
+        lambda rows: held.loss(rows if held.through_body else rows.detach()) + through.loss(rows), through.through_body, held.flops + through.flops
+    )
 
 
 def first_of(action: Tensor) -> Tensor:
@@ -163,20 +194,25 @@ def label_ids(row: Rendered) -> list[int]:
 
 
 def oreo(
-    material: Material, *, level: Literal["token", "step", "response"] = "token", kl_coef: float = 0.03, reward_column: str = "reward", step_end: str = "\n",
-    trunk: Literal["separate", "shared"] = "separate", value_learning_rate: float | None = None,
+    material: Material, *, level: Literal["token", "step", "response"] = "token", kl_coef: float = 0.03, exact_kl_coef: float = 0.0,
+    reward_column: str = "reward", step_end: str = "\n", trunk: Literal["separate", "shared"] = "separate", value_learning_rate: float | None = None,
 ) -> Offline:  # fmt: skip
     """OREO: policy and value model learn the soft Bellman equation from stored completions, right and wrong ones.
 
-    policy: (V(s_t) - R + beta d_t + sg[beta sum_(i > t) d_i])^2,   d_t = log p(a_t | s_t) - log p_ref(a_t | s_t)
-    value:  (V(s_t) - R + sg[beta sum_(i >= t) d_i])^2                                     (arXiv:2412.16145), beta = kl_coef
-    An action is a token, a step (it ends with `step_end`) or the response. `data` are rows of prompt, completion and a
-    number in `reward_column`, or the trajectories/ folder of a stage that drew its own. The value model is a copy of
-    the policy with a linear output (`trunk: shared`: an output on the policy's own rows), exported in the model's critic/,
-    where a search can load it; its learning rate is null for train.learning_rate, or ten times that of a shared trunk.
-    The paper's further KL of whole distributions (alpha) is left out: with a small kl_coef, whose optimum is far away, keep
-    the learning rate low. Beside `dpo`: no pairs, and credit by step.
+    policy: (V(s_t) - R + beta d_t + sg[beta sum_(i > t) d_i])^2 + alpha KL(p(. | s_t) || p_ref(. | s_t)),
+            d_t = log p(a_t | s_t) - log p_ref(a_t | s_t)
+    value:  (V(s_t) - R + sg[beta sum_(i >= t) d_i])^2                                     (arXiv:2412.16145)
+    beta = kl_coef, alpha = exact_kl_coef. An action is a token, a step (it ends with `step_end`) or the response; the KL of
+    whole distributions is taken at every token, and costs another pass of the reference. `data` are rows of prompt,
+    completion and a number in `reward_column`, or the trajectories/ folder of a stage that drew its own. The value model is
+    a copy of the policy with a linear output (`trunk: shared`: an output on the policy's own rows), exported in the model's
+    critic/, where a search can load it; its learning rate is null for train.learning_rate, or ten times that of a shared
+    trunk.
+    With a small kl_coef, whose optimum is far away, keep the learning rate low or alpha above 0. Beside `dpo`: no pairs, and
+    credit by step.
     """
+    if not 0 <= exact_kl_coef < float("inf"):
+        raise ConfigError(f"{exact_kl_coef} given, wanted a number of at least 0", where="method.exact_kl_coef")
     if not kl_coef > 0:
         raise ConfigError(f"{kl_coef} given, wanted a positive number", where="method.kl_coef")
     if value_learning_rate is not None and not value_learning_rate > 0:
@@ -194,8 +230,9 @@ def oreo(
         raise DataError(message, where=prepared.rows[0].where, remedy="give failures too, with their own reward")
     sampler = material.sampler(len(prepared.rows))
     return Offline(
-        prepared, worth, ends, sampler, total_steps=material.steps(sampler), kl_coef=kl_coef, trunk=trunk, value_learning_rate=value_learning_rate
-    )
+        prepared, worth, ends, sampler, total_steps=material.steps(sampler), kl_coef=kl_coef, exact_kl_coef=exact_kl_coef, trunk=trunk,
+        value_learning_rate=value_learning_rate,
+    )  # fmt: skip
 
 
 OREO = Table("method", {"oreo": oreo}, about={"oreo": About(taxonomy=("P13",), paper="arXiv:2412.16145", year=2024)})

@@ -31,6 +31,7 @@ from burnish.maths.head import (
     head_loss,
     recomputed_rows,
 )
+from burnish.maths.head_kl import Head
 from burnish.models.fused import fuse
 from burnish.models.recompute import Checkpointing, layers_of, recomputed, recomputed_parameters
 from burnish.models.router import Router, find_router
@@ -57,10 +58,12 @@ class RowLoss:
     """A further objective, on the hidden rows that predict the labels: `loss([N, H]) -> scalar`, as a value head's.
 
     through_body  whether its gradient goes on into the body, or stops at the rows
+    flops         what it launches besides one linear output, its backward among it
     """
 
     loss: Callable[[Tensor], Tensor]
     through_body: bool
+    flops: int = 0
 
 
 class Policy(nn.Module):
@@ -148,6 +151,15 @@ class Policy(nn.Module):
     def head_bias(self) -> Tensor | None:
         return getattr(self._head[0], "bias", None)
 
+    def head(self, hidden: Tensor) -> Head:
+        """The head over these rows [n, H], for objectives that speak of whole distributions."""
+        return Head(hidden, self.head_weight(), self.head_bias(), self.logit_map)
+
+    def head_sink(self) -> Tensor | None:
+        """The buffer that sums the gradient of the head's weight, while an optimiser lends it."""
+        weight = self.head_weight()
+        return self.sinks.get(weight) if isinstance(weight, nn.Parameter) else None
+
     def train(self, mode: bool = True) -> Policy:
         """Adapters' dropout follows `mode`; the model's own dropout stays off: copies of a shared prefix must agree."""
         self.training = mode
@@ -217,7 +229,7 @@ class Policy(nn.Module):
         loss, logprobs = head_loss(
             predicting, weight, view.label.to(hidden.device), objective,
             index=view.index.to(hidden.device), couple=couple, bias=self.head_bias(), logit_map=self.logit_map,
-            sink=self.sinks.get(weight) if isinstance(weight, nn.Parameter) else None, **options,
+            sink=self.head_sink(), **options,
         )  # fmt: skip
         router_loss = None
         if self.router is not None:
@@ -302,8 +314,8 @@ class Policy(nn.Module):
 
 
 def row_flops(rows: int, hidden: int, on_rows: RowLoss, backward: bool) -> int:
-    """Of one linear output on `rows` hidden rows: forward, the gradient of its weight, that of the rows."""
-    return 2 * hidden * rows * (1 + (1 + on_rows.through_body if backward else 0))
+    """Of one linear output on `rows` hidden rows: forward, the gradient of its weight, that of the rows; and what it says."""
+    return 2 * hidden * rows * (1 + (1 + on_rows.through_body if backward else 0)) + on_rows.flops
 
 
 def find_logit_map(base: Any, body: nn.Module, weight: Tensor, bias: Tensor | None) -> LogitMap:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from burnish.forest.pack import Batch
+from burnish.forest.attention import Forest
+from burnish.forest.pack import Batch, Micro
+from burnish.maths.head_kl import Head
 from burnish.models.policy import Policy
 from burnish.models.scoring import score
 
@@ -29,6 +33,20 @@ class Reference:
 
     def logprobs(self, policy: Policy, batch: Batch) -> tuple[Tensor, int]:
         """([M] in the batch's entry order, on the host; executed FLOPs)."""
-        with policy.model.disable_adapter() if self._copy is None else nullcontext():  # type: ignore[operator]
-            found = score(self._copy or policy, batch)
+        with self._switched(policy) as model:
+            found = score(model, batch)
         return found.logprobs, found.spend.executed_flops
+
+    @torch.no_grad()
+    def head(self, policy: Policy, micro: Micro) -> tuple[Head, int]:
+        """(its head over the rows that predict the micro-batch's labels, executed FLOPs of its body)."""
+        plan = Forest(micro.stream.layout)
+        with self._switched(policy) as model:
+            hidden = model.hidden(micro.stream, plan)
+            found = model.head(hidden[micro.view.source.to(hidden.device)])
+        return found, model.body_flops(micro.stream, plan, backward=False)
+
+    @contextmanager
+    def _switched(self, policy: Policy) -> Iterator[Policy]:
+        with policy.model.disable_adapter() if self._copy is None else nullcontext():  # type: ignore[operator]
+            yield self._copy or policy
