@@ -384,6 +384,11 @@ def test_rows_of_a_chunk_follow_a_byte_budget() -> None:
     assert row_limit(1500, narrow, None, weight_trained=False) == 512
     assert row_limit(1500, torch.empty(4_000_000, 8, device="meta"), None, weight_trained=True) == 64
     assert row_limit(5000, wide, 7, weight_trained=True) == 7
+    common = torch.empty(32_000, 640, dtype=torch.bfloat16)  # on a CPU 32 MB and 512 rows are enough
+    assert row_limit(4096, common, None, weight_trained=False) == row_limit(4096, common, None, weight_trained=True) == 524
+    assert row_limit(1800, common, None, weight_trained=True) == 1800  # beside an fp32 sum of 82 MB
+    assert row_limit(9000, torch.empty(512, 64), None, weight_trained=True) == 16_384
+    assert row_limit(4096, torch.empty(32_000, 640, dtype=torch.bfloat16, device="meta"), None, weight_trained=False) == 4194
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

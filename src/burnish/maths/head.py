@@ -58,6 +58,7 @@ Fused = Callable[[Tensor, float, float | None, float, bool], tuple[Tensor, Tenso
 
 LOGITS_BYTES = 256 * 2**20  # of one chunk, where `rows` does not say
 FEWEST_ROWS = 64  # a narrower product is bound by reading the weight
+ENOUGH_ROWS, ENOUGH_BYTES = 512, 32 * 2**20  # on a CPU a chunk that has both is no faster for being larger
 TILE = {"cpu": 2**21}  # numbers worked on at once: 8 MB stay in cache between the elementwise passes
 TILE_ELSEWHERE = 2**26  # where launches cost more than cache misses
 
@@ -241,7 +242,7 @@ def _no_matrix(why: str) -> ConfigError:
 
 
 def row_limit(count: int, weight: Tensor, rows: int | None, *, weight_trained: bool) -> int:
-    """Rows of one chunk: as asked, else as many as `LOGITS_BYTES` hold and at least `FEWEST_ROWS`.
+    """Rows of one chunk: as asked, else as many as `LOGITS_BYTES` hold, at least `FEWEST_ROWS`, and no more than are enough.
 
     A narrow weight's gradient over several chunks needs an fp32 buffer; where `count` rows of logits fit into what that
     buffer would take, one chunk is both smaller and faster.
@@ -252,9 +253,12 @@ def row_limit(count: int, weight: Tensor, rows: int | None, *, weight_trained: b
         return rows
     vocabulary, hidden = weight.shape
     row_bytes = vocabulary * weight.element_size()
-    limit = max(FEWEST_ROWS, LOGITS_BYTES // row_bytes)
+    most = LOGITS_BYTES // row_bytes
+    if weight.device.type == "cpu":
+        most = min(most, max(ENOUGH_ROWS, ENOUGH_BYTES // row_bytes))
+    limit = max(FEWEST_ROWS, most)
     buffer = 4 * vocabulary * hidden if weight_trained and weight.element_size() < 4 else 0
-    return count if limit < count <= (LOGITS_BYTES + buffer) // row_bytes else limit
+    return count if limit < count <= limit + buffer // row_bytes else limit
 
 
 def chunks_of(
