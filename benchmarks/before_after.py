@@ -1,6 +1,6 @@
 """What each decision about a process is worth: the same SFT steps with it undone and with it, in fresh processes taken in turn.
 
-    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters windows draw halves] [--rounds 3] [--steps 8]
+    .venv/bin/python -m benchmarks.before_after [--model FOLDER] [--only shapes pages masters collection adapters windows draw halves chunks] [--rounds 3] [--steps 8]
 
     shapes      oneDNN and torch's wrapper keep 1,024 shapes of products each, or 32
     pages       memory in pages of 2 MB where the system has them, or of 4 kB
@@ -10,6 +10,7 @@
     windows     the backward of sliding windows by the stock kernel, or by half-precision products where those are faster (rows of 600 to 1,000 tokens)
     draw        tokens drawn by torch's operations, or by two kernels (a step is 64 tokens of one row, sampled)
     halves      a bf16 model's weights that are computed with in float32, read by few rows as float32, or as bf16 (a step as for draw)
+    chunks      logits of a frozen head 256 MB at a time, or no more than 512 rows and 32 MB need (LoRA, rows of 600 to 1,000 tokens)
 
 Rows have new lengths in every step. Prints medians over rounds of the load, of a step (the first left out), and of the process's peak; the losses of
 all steps must be equal to 1e-2 relative (bf16 weights that rounded apart), else it exits with 1. The default model is random: 32,000 words, hidden 384, six layers.
@@ -43,6 +44,7 @@ UNDONE: dict[str, dict[str, str]] = {
     "windows": {},
     "draw": {},
     "halves": {},
+    "chunks": {},
 }
 
 
@@ -79,13 +81,17 @@ def child(model: str, name: str, undone: bool, steps: int) -> dict[str, Any]:
             return replace(kernel, backward=lambda *a: (blocks._stock_backward if isinstance(a[6], blocks.Band) else kernel.backward)(*a))
 
         blocks._half_kernel = stock  # type: ignore[assignment]
+    if undone and name == "chunks":
+        import burnish.maths.head as head
+
+        head.ENOUGH_BYTES = head.LOGITS_BYTES
     if name in ("draw", "halves"):
         return drawn(model, name, undone, steps)
     begin = time.perf_counter()
-    sft.prepare(model=model, mode="lora" if name == "adapters" else "full", threads=2)
+    sft.prepare(model=model, mode="lora" if name in ("adapters", "chunks") else "full", threads=2)
     load = time.perf_counter() - begin
     dice, vocabulary = random.Random(0), vocabulary_of(Path(model))
-    shortest, longest = (600, 1000) if name == "windows" else (300, 500)
+    shortest, longest = (600, 1000) if name in ("windows", "chunks") else (300, 500)
     done = [sft.step(rows=[data.row(dice, dice.randint(shortest, longest), vocabulary, 0.5) for _ in range(4)]) for _ in range(steps)]
     return {
         "load_s": load, "step_s": statistics.median(d["seconds"] for d in done[1:]), "peak_gb": memory("VmHWM") / 1e9,

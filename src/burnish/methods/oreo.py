@@ -149,13 +149,15 @@ class Offline(Hooks):
         other, flops = self._reference.head(policy, micro)
 
         def loss(rows: Tensor) -> Tensor:
-            found, kl = head_kl(policy.head(rows), other, self.exact_kl_coef * scale, sink=policy.head_sink())
+            own = policy.head(rows)
+            found, kl = head_kl(own, other, self.exact_kl_coef * scale, sink=policy.sink(own.weight))
             noted(work, "exact_kl", micro, scale.to(kl) @ kl)
             return found
 
-        vocabulary, hidden = policy.head_weight().shape
-        trained = policy.head_weight().requires_grad
-        return RowLoss(loss, True, flops + kl_flops(len(view.label), vocabulary, hidden, other.hidden.shape[1], weight_trained=trained))
+        weight = policy.head_weight()
+        vocabulary, hidden = weight.shape
+        more = kl_flops(len(view.label), vocabulary, hidden, other.hidden.shape[1], weight_trained=weight.requires_grad)
+        return RowLoss(loss, True, flops + more)
 
 
 def noted(work: Work, name: str, micro: Micro, value: Tensor) -> None:

@@ -155,9 +155,8 @@ class Policy(nn.Module):
         """The head over these rows [n, H], for objectives that speak of whole distributions."""
         return Head(hidden, self.head_weight(), self.head_bias(), self.logit_map)
 
-    def head_sink(self) -> Tensor | None:
-        """The buffer that sums the gradient of the head's weight, while an optimiser lends it."""
-        weight = self.head_weight()
+    def sink(self, weight: Tensor) -> Tensor | None:
+        """The buffer that sums the gradient of this weight, while an optimiser lends it."""
         return self.sinks.get(weight) if isinstance(weight, nn.Parameter) else None
 
     def train(self, mode: bool = True) -> Policy:
@@ -229,7 +228,7 @@ class Policy(nn.Module):
         loss, logprobs = head_loss(
             predicting, weight, view.label.to(hidden.device), objective,
             index=view.index.to(hidden.device), couple=couple, bias=self.head_bias(), logit_map=self.logit_map,
-            sink=self.head_sink(), **options,
+            sink=self.sink(weight), **options,
         )  # fmt: skip
         router_loss = None
         if self.router is not None:
